@@ -1,0 +1,20 @@
+"""Training objectives for `Trainer(..., callbacks=[Objective(...)])`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_ext.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from hf_ext.trainer_callbacks.attach import attach as attach
+    from hf_ext.trainer_callbacks.meap import MEAP as MEAP
+    from hf_ext.trainer_callbacks.objective import Objective as Objective
+
+__getattr__, __all__ = lazy_attributes(
+    __name__, {"MEAP": "meap", "Objective": "objective", "attach": "attach"}
+)
+
+
+def __dir__() -> list[Any]:
+    return sorted(__all__)
