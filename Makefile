@@ -1,0 +1,68 @@
+# The two commands a newcomer needs: `make demo` and `make test`. Both create their environment.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# One test process for each of two cores; torch is then held to one thread in each.
+JOBS ?= 2
+# torch goes first: anything that depends on it would pull the newest build with its CUDA libraries.
+# For a CPU-only build from PyTorch's own index: make TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+TORCH_ARGS ?=
+
+VENV := .venv
+OLDEST := .venv-oldest
+TREE := build/tree
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint format test-oldest gpu bench readme clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+# $(call install,FOLDER,CONSTRAINTS): an environment with this checkout in it, editable.
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet "setuptools>=77"
+	$(1)/bin/python -m pip install --quiet $(TORCH_ARGS) $(TORCH)
+	$(1)/bin/python -m pip install --quiet --no-build-isolation --constraint $(2) --editable ".[dev]"
+	touch $(1)/.installed
+endef
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(OLDEST)/.installed: pyproject.toml setup.py constraints-oldest.txt
+	$(call install,$(OLDEST),constraints-oldest.txt)
+
+demo: $(VENV)/.installed ## the main job on real input, under two minutes
+	$(VENV)/bin/hf-ext demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed lint ## linters, then the whole suite
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python tests/linked_tree.py $(TREE) > /dev/null
+	cd $(TREE) && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hf_ext
+
+format: $(VENV)/.installed ## let ruff rewrite what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test-oldest: $(OLDEST)/.installed ## the same suite on the oldest supported transformers
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# Installs nothing, so that it runs without network in whatever environment the GPU machine has.
+gpu: ## what needs a GPU, with the Python given as PYTHON=...
+	$(PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU")'
+	$(PYTHON) tests/linked_tree.py $(TREE) > /dev/null
+	PYTHONSAFEPATH=1 PYTHONPATH=$(TREE) $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed ## cost of importing, into benchmarks/results/
+	$(VENV)/bin/hf-ext bench import_time
+
+readme: $(VENV)/.installed ## renew the plugin table of README.md
+	$(VENV)/bin/python -m hf_ext.cli.readme
+
+clean: ## remove what was built (environments stay)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
