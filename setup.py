@@ -4,6 +4,9 @@ from setuptools import find_packages, setup
 
 MOUNTED = ("modeling", "generation", "trainer_callbacks", "claims", "benchmarks", "model_cards")
 
+# Data files go into the wheel from every depth: the demo's models lie in folders that are no packages.
+DATA = ("json", "jinja", "md", "safetensors", "txt")
+
 packages = find_packages(include=["hf_ext", "hf_ext.*"])
 package_dir = {"hf_ext": "hf_ext"}
 for folder in MOUNTED:
@@ -13,5 +16,5 @@ for folder in MOUNTED:
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"": ["*.json", "*.jinja", "*.md", "*.safetensors", "*.txt", "py.typed"]},
+    package_data={"": [*(f"**/*.{ending}" for ending in DATA), "py.typed"]},
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ GROUPS = (
     "hf_ext.attention",
     "hf_ext.plugins",
 )
+
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_PLACE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 class PluginError(Exception):
@@ -47,6 +52,9 @@ class Plugin:
         example: a few lines of code that a user can paste.
         claims: where its claim checks are, as `"package.module:CLAIMS"`.
 
+    Raises:
+        ValueError: `name`, `target`, `auto` or `claims` is not of the form above.
+
     Example:
         >>> Plugin("counter", "tool", "Counts things.", target="collections:Counter").load()
         <class 'collections.Counter'>
@@ -61,6 +69,15 @@ class Plugin:
     auto: Mapping[str, str] = field(default_factory=dict)
     example: str = ""
     claims: str = ""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"plugin name {self.name!r} must be lower-case words joined by hyphens")
+        for what in (self.target, *self.auto.values(), *filter(None, [self.claims])):
+            if not _PLACE.fullmatch(what):
+                raise ValueError(f"plugin {self.name!r} names {what!r}, expected 'package.module:attribute'")
+        if self.auto and "AutoConfig" not in self.auto:
+            raise ValueError(f"plugin {self.name!r} has auto classes but no 'AutoConfig' among them")
 
     def load(self) -> Any:
         """Import and return the plugin's class.
@@ -120,15 +137,18 @@ def get(name: str) -> Plugin:
     """Return the plugin called `name`; a slug that exactly one plugin covers also works.
 
     Raises:
-        PluginError: no such plugin; the message lists the nearest names.
+        PluginError: no such plugin (the message lists the nearest names), a broken one, or a slug
+            that several plugins cover.
     """
     found, bad = _discover()
-    for item in bad:
-        if item.name == name:
-            raise PluginError(f"plugin {name!r} of package {item.package!r} is broken: {item.error}")
     matches = [p for p in found if p.name == name] or [p for p in found if name in p.covers]
     if len(matches) == 1:
         return matches[0]
+    if matches:
+        raise PluginError(f"{name!r} is covered by several plugins: {', '.join(p.name for p in matches)}; name one")
+    for item in bad:
+        if item.name == name:
+            raise PluginError(f"plugin {name!r} of package {item.package!r} is broken: {item.error}")
     near = difflib.get_close_matches(name, [p.name for p in found], n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}" if near else "`hf-ext list` prints all of them"
     raise PluginError(f"unknown plugin {name!r}; {hint}")
@@ -142,18 +162,28 @@ def refresh() -> None:
 @functools.cache
 def _discover() -> tuple[tuple[Plugin, ...], tuple[BrokenPlugin, ...]]:
     found: dict[str, Plugin] = {}
+    owner: dict[str, str] = {}
     bad: list[BrokenPlugin] = []
-    for group in GROUPS:
-        for entry in sorted(entry_points(group=group), key=lambda e: e.name):
-            try:
-                plugins = _read(entry)
-            except Exception as error:  # one broken package must not hide the others
-                bad.append(BrokenPlugin(entry.name, _package(entry), f"{type(error).__name__}: {error}"))
-                continue
-            for plugin in plugins:
-                if found.setdefault(plugin.name, plugin) != plugin:
-                    bad.append(BrokenPlugin(plugin.name, _package(entry), "the name is taken by another plugin"))
+    for entry in _entries():
+        try:
+            plugins = _read(entry)
+        except Exception as error:  # one broken package must not hide the others
+            bad.append(BrokenPlugin(entry.name, _package(entry), f"{type(error).__name__}: {error}"))
+            continue
+        for plugin in plugins:
+            if found.setdefault(plugin.name, plugin) == plugin:
+                owner.setdefault(plugin.name, _package(entry))
+            else:
+                taken = f"the name is taken by a plugin of package {owner[plugin.name]!r}"
+                bad.append(BrokenPlugin(plugin.name, _package(entry), taken))
     return tuple(sorted(found.values(), key=lambda p: (p.kind, p.name))), tuple(bad)
+
+
+def _entries() -> list[EntryPoint]:
+    """Entry points of all groups; this package's come first, so that nobody takes its plugins' names."""
+    found = [entry for group in GROUPS for entry in entry_points(group=group)]
+    own = __name__.partition(".")[0]
+    return sorted(found, key=lambda entry: (_package(entry) != own, GROUPS.index(entry.group), entry.name))
 
 
 def _read(entry: EntryPoint) -> list[Plugin]:
