@@ -36,23 +36,26 @@ def register_when_ready() -> None:
 
 
 def _register(registry: str) -> None:
-    """Register every plugin's classes with the Auto classes that live in the module `registry`."""
+    """Register every plugin's classes with the Auto classes that live in the module `registry`.
+
+    Configurations are imported, modeling code is not: transformers may be half imported here.
+    """
+    from hf_ext.adapter import register_model_lazily
+
     module = sys.modules[registry]
     for plugin in plugins.all():
         if not plugin.auto:
             continue
         try:
             config = plugins.resolve(plugin.auto["AutoConfig"], plugin.name)
-            for auto_name, target in plugin.auto.items():
-                auto = getattr(module, auto_name, None)
-                if auto is None:  # lives in the other registry
-                    continue
-                if auto_name == "AutoConfig":
-                    auto.register(config.model_type, config, exist_ok=True)
-                elif registry == MODEL_REGISTRY:
-                    auto.register(config, plugins.resolve(target, plugin.name), exist_ok=True)
         except plugins.PluginError as error:
             warnings.warn(f"{error}; its architecture is not registered", stacklevel=2)
+            continue
+        for auto_name, target in plugin.auto.items():
+            if auto_name == "AutoConfig" and registry == CONFIG_REGISTRY:
+                module.AutoConfig.register(config.model_type, config, exist_ok=True)
+            elif auto_name != "AutoConfig" and registry == MODEL_REGISTRY:
+                register_model_lazily(getattr(module, auto_name), config, target)
 
 
 class _AfterImport(MetaPathFinder):

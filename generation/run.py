@@ -1,0 +1,231 @@
+"""One decoding call: what `generate` prepared, what was produced, and what it cost.
+
+A strategy drives a `DecodingRun` and decides only which tokens come next:
+
+    prompt --prefill--> logits --process--> scores --(strategy)--> tokens --commit--> ...
+                          ^                                                   |
+                          +------------------- forward -----------------------+
+
+The run owns the growing ids, masks and positions, the finished rows, the streamer, the
+collected outputs and the report.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from hf_ext import adapter
+from hf_ext.generation.report import DecodeReport
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+
+class DecodingRun:
+    """State of one decoding call over a batch.
+
+    Args:
+        model: the model that generates.
+        input_ids: `(batch, length)` int64, left-padded prompts (decoder ids of an encoder-decoder).
+        logits_processor: what `generate` prepared and the user added.
+        stopping_criteria: likewise; the maximum length is one of them.
+        config: the resolved generation config.
+        streamer: receives each new column of tokens.
+        synced_gpus: keep calling forward until every process is done.
+        model_kwargs: forward arguments, the cache among them.
+        report: the ledger to fill.
+
+    Attributes:
+        input_ids: `(batch, length so far)` int64.
+        unfinished: `(batch,)` bool, rows that still produce tokens.
+        model_kwargs: forward arguments for the next call.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        synced_gpus: bool,
+        model_kwargs: dict[str, Any],
+        report: DecodeReport,
+    ) -> None:
+        self.model, self.input_ids, self.config = model, input_ids, config
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.streamer, self.synced_gpus, self.model_kwargs, self.report = streamer, synced_gpus, model_kwargs, report
+        self.prompt_length = input_ids.shape[1]
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.encoder_decoder: bool = model.config.is_encoder_decoder
+        pad = adapter.special_token(config, "pad")
+        self.pad_token_id = None if pad is None else int(pad)
+        self._new_tokens = torch.zeros_like(self.unfinished, dtype=torch.long)
+        # generate creates an empty cache itself where none was passed in, before it calls the strategy.
+        self._cache_was_given = adapter.is_user_cache(model_kwargs.get("past_key_values"))
+        self._started = time.perf_counter()
+        wanted = config.return_dict_in_generate
+        self._keep_scores = wanted and config.output_scores
+        self._keep_logits = wanted and config.output_logits
+        self._scores: list[torch.Tensor] = []
+        self._logits: list[torch.Tensor] = []
+        self._forwards: list[ModelOutput] = []  # only what the caller asked to see of them
+
+    # What the strategy asks
+
+    @property
+    def cache(self) -> Any:
+        """The model's cache, or None."""
+        return self.model_kwargs.get("past_key_values")
+
+    @property
+    def cache_outlives_call(self) -> bool:
+        """Whether the caller can go on from the cache: it is returned, or was passed in."""
+        return bool(self.config.return_dict_in_generate) or self._cache_was_given
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """`(batch, length)` int64 mask over the decoder's tokens so far, 0 on padding."""
+        name = "decoder_attention_mask" if self.encoder_decoder else "attention_mask"
+        mask = self.model_kwargs.get(name)
+        return torch.ones_like(self.input_ids) if mask is None else mask[:, : self.input_ids.shape[1]]
+
+    @property
+    def running(self) -> bool:
+        """Whether any row, in any synchronised process, still produces tokens."""
+        return adapter.any_row_unfinished(self.model, not self.any_unfinished, self.synced_gpus, self.input_ids.device)
+
+    @property
+    def any_unfinished(self) -> bool:
+        """Whether a row of this process still produces tokens."""
+        return bool(self.unfinished.any())
+
+    # Forward passes
+
+    def prefill(self, **forward_kwargs: Any) -> ModelOutput:
+        """Run the prompt, fill the cache and make the masks ready for the first new token.
+
+        Args:
+            **forward_kwargs: further arguments of the model's forward (`output_hidden_states=True`).
+
+        Returns:
+            The model's output; `logits[:, -1]` are those of the first new token.
+
+        Raises:
+            ValueError: the model gave no cache although one is in use.
+        """
+        outputs = adapter.prefill(self.model, self.input_ids, self.config, {**self.model_kwargs, **forward_kwargs})
+        self._count(len(self.input_ids), outputs.logits, self.input_ids.shape[1])
+        self.model_kwargs = adapter.extend_kwargs(self.model, outputs, self.model_kwargs)
+        return outputs
+
+    def forward(
+        self, tokens: torch.Tensor, model_kwargs: dict[str, Any] | None = None, **forward_kwargs: Any
+    ) -> ModelOutput:
+        """Evaluate the last column of `tokens` after what the cache holds.
+
+        Masks and positions are lengthened for the column that follows.
+
+        Args:
+            tokens: `(rows, any length)` int64; only the last column enters the model when a cache is used.
+            model_kwargs: forward arguments to use and update instead of the run's own.
+            **forward_kwargs: further arguments of the model's forward.
+        """
+        own = model_kwargs is None
+        kwargs = self.model_kwargs if model_kwargs is None else model_kwargs
+        inputs = adapter.next_inputs(self.model, tokens, kwargs)
+        outputs = self.model(**{**inputs, **forward_kwargs}, return_dict=True)
+        self._count(len(tokens), outputs.logits, 1)
+        updated = adapter.extend_kwargs(self.model, outputs, kwargs)
+        if own:
+            self.model_kwargs = updated
+        else:
+            kwargs.update(updated)
+        return outputs
+
+    def last_hidden_state(self, outputs: ModelOutput) -> torch.Tensor:
+        """`(rows, positions, width)` states of the decoder's last layer."""
+        states = outputs.decoder_hidden_states if self.encoder_decoder else outputs.hidden_states
+        if states is None:
+            raise ValueError(
+                f"{type(self.model).__name__} returned no hidden states although output_hidden_states=True was "
+                "passed; this strategy needs a model that returns them"
+            )
+        return states[-1]
+
+    # From logits to tokens
+
+    def process(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply the logits processors to `(batch, vocabulary)` logits, in float32, on the ids so far."""
+        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        return self.logits_processor(self.input_ids, logits)
+
+    def commit(
+        self,
+        tokens: torch.Tensor,
+        *,
+        scores: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
+        outputs: ModelOutput | None = None,
+    ) -> None:
+        """Append one token to every row, stream it, and find out which rows are done.
+
+        Args:
+            tokens: `(batch,)` int64; rows that are done get padding instead.
+            scores: `(batch, vocabulary)` processed scores the tokens were chosen from.
+            logits: `(batch, vocabulary)` raw logits likewise.
+            outputs: the forward pass that gave them, for `output_hidden_states` and `output_attentions`.
+        """
+        if self.pad_token_id is not None:
+            tokens = torch.where(self.unfinished, tokens, self.pad_token_id)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        if self._keep_scores and scores is not None:
+            self._scores.append(scores)
+        if self._keep_logits and logits is not None:
+            self._logits.append(logits.float())
+        if outputs is not None and (self.config.output_attentions or self.config.output_hidden_states):
+            self._forwards.append(outputs)
+        self._new_tokens += self.unfinished
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+        self.unfinished &= ~self.stopping_criteria(self.input_ids, tuple(self._scores) if self._keep_scores else None)
+
+    def result(self) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
+        """End the stream, close the report and return what `generate` would."""
+        if self.streamer is not None:
+            self.streamer.end()
+        self.report.rows = len(self.input_ids)
+        self.report.tokens_per_row = self._new_tokens.tolist()
+        self.report.seconds = time.perf_counter() - self._started
+        if not self.config.return_dict_in_generate:
+            return self.input_ids
+        found = {
+            "sequences": self.input_ids,
+            "scores": tuple(self._scores) if self._keep_scores else None,
+            "logits": tuple(self._logits) if self._keep_logits else None,
+            "past_key_values": self.cache,
+        }
+        attentions, states = self.config.output_attentions, self.config.output_hidden_states
+        if not self.encoder_decoder:
+            return GenerateDecoderOnlyOutput(
+                **found,
+                attentions=tuple(o.attentions for o in self._forwards) if attentions else None,
+                hidden_states=tuple(o.hidden_states for o in self._forwards) if states else None,
+            )
+        encoder = self.model_kwargs["encoder_outputs"]
+        return GenerateEncoderDecoderOutput(
+            **found,
+            encoder_attentions=encoder.get("attentions") if attentions else None,
+            encoder_hidden_states=encoder.get("hidden_states") if states else None,
+            decoder_attentions=tuple(o.decoder_attentions for o in self._forwards) if attentions else None,
+            cross_attentions=tuple(o.cross_attentions for o in self._forwards) if attentions else None,
+            decoder_hidden_states=tuple(o.decoder_hidden_states for o in self._forwards) if states else None,
+        )
+
+    def _count(self, rows: int, logits: torch.Tensor, positions: int) -> None:
+        self.report.target_calls += 1
+        self.report.target_positions += rows * positions

@@ -1,0 +1,183 @@
+"""The one place that touches private or moving parts of transformers.
+
+Every function says which part it stands on; `tests/test_adapter.py` is the canary that fails
+when a transformers release moves one of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:  # registration uses this module while transformers itself is being imported
+    from transformers import Cache, GenerationConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
+
+
+def prefill(
+    model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> ModelOutput:
+    """Run the prompt through the model as `generate` does (`GenerationMixin._prefill`).
+
+    Handles an already filled cache, embeddings instead of ids, and chunked prefill.
+    """
+    return model._prefill(input_ids, config, model_kwargs)
+
+
+def extend_kwargs(
+    model: PreTrainedModel, outputs: ModelOutput, model_kwargs: dict[str, Any], new_tokens: int = 1
+) -> dict[str, Any]:
+    """Take the cache from `outputs` and lengthen masks and positions by `new_tokens`."""
+    return model._update_model_kwargs_for_generation(
+        outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder, num_new_tokens=new_tokens
+    )
+
+
+def expand_kwargs(model: PreTrainedModel, model_kwargs: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Repeat every per-row tensor of `model_kwargs` `times` times (the cache is left alone)."""
+    kwargs = dict(model_kwargs)
+    encoder_outputs = kwargs.get("encoder_outputs")
+    if encoder_outputs is not None:  # transformers expands this one in place
+        kwargs["encoder_outputs"] = type(encoder_outputs)(**encoder_outputs)
+    return model._expand_inputs_for_generation(
+        expand_size=times, is_encoder_decoder=model.config.is_encoder_decoder, input_ids=None, **kwargs
+    )[1]
+
+
+def next_inputs(
+    model: PreTrainedModel, tokens: torch.Tensor, model_kwargs: Mapping[str, Any], new_tokens: int = 1
+) -> dict[str, Any]:
+    """Build the forward arguments for the last `new_tokens` columns of `tokens` after prefill."""
+    return model.prepare_inputs_for_generation(tokens, next_sequence_length=new_tokens, **model_kwargs)
+
+
+def any_row_unfinished(model: PreTrainedModel, finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Tell whether decoding goes on here or, under `synced_gpus`, in any other process."""
+    return model._has_unfinished_sequences(finished, synced_gpus, device=device)
+
+
+def needs_synced_gpus(model: PreTrainedModel) -> bool:
+    """Tell whether processes must call forward equally often (FSDP, DeepSpeed ZeRO-3)."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return sharded and torch.distributed.get_world_size() > 1
+
+
+def special_token(config: GenerationConfig, name: str) -> torch.Tensor | None:
+    """Return the tensor `generate` made of `eos_token_id` or `pad_token_id` (`_eos_token_tensor`, ...)."""
+    return getattr(config, f"_{name}_token_tensor")
+
+
+def mask_length(config: GenerationConfig) -> int | None:
+    """Length of an all-ones attention mask that `generate` dropped as needless, if it did."""
+    return getattr(config, "_mask_length", None)
+
+
+def is_user_cache(cache: Any) -> bool:
+    """Tell whether the caller passed `cache` in, rather than `generate` creating it (`_is_user_defined`)."""
+    return bool(getattr(cache, "_is_user_defined", False))
+
+
+def cache_layers(cache: Cache) -> list[Any]:
+    """Return the layers of a cache, those of self- and cross-attention for an encoder-decoder."""
+    from transformers import cache_utils
+
+    if isinstance(cache, cache_utils.EncoderDecoderCache):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    return list(cache.layers)
+
+
+def row_editing_problem(cache: Cache | None) -> str | None:
+    """Say why rows of `cache` cannot be repeated and selected, or None where they can.
+
+    Stands on the layer classes of `transformers.cache_utils`.
+    """
+    from transformers import cache_utils
+
+    if cache is None:
+        return "the model returned no cache"
+    if not isinstance(cache, cache_utils.Cache):
+        return f"the model's state is a {type(cache).__name__}, not a transformers Cache"
+    for layer in cache_layers(cache):
+        kind = type(layer).__name__
+        if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin):
+            return f"layer {kind} keeps a recurrent state"
+        if isinstance(layer, cache_utils.QuantizedLayer):
+            return f"layer {kind} is quantized"
+        if not (hasattr(layer, "batch_repeat_interleave") and hasattr(layer, "batch_select_indices")):
+            return f"layer {kind} has a fixed batch size"
+    return None
+
+
+class CacheRewind:
+    """Keeps a cache able to forget its last token at the end of a call that looks one ahead.
+
+    Sliding-window layers drop tokens that a rewind would need, unless told to record them
+    (`Cache.activate_past_recording`), and then have to be trimmed after every step.
+
+    Args:
+        cache: the cache of the run.
+        needed: whether anybody will use the cache after the call; if not, this does nothing.
+    """
+
+    def __init__(self, cache: Cache, needed: bool) -> None:
+        self.cache, self.needed = cache, needed
+        if needed:
+            cache.activate_past_recording()
+
+    def step(self, last: bool) -> None:
+        """After a step: trim what is out of every window or, at the last step, forget one token."""
+        if self.needed:
+            self.cache.crop(-1 if last else 0)
+            for layer in cache_layers(self.cache) if last else ():
+                if hasattr(layer, "record_past"):
+                    layer.record_past = False
+
+
+def default_generation_values() -> dict[str, Any]:
+    """Values `generate` fills in for settings that nobody gave (`_get_default_generation_params`)."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig._get_default_generation_params()
+
+
+def register_model_lazily(auto_class: Any, config: type, target: str) -> None:
+    """Register an architecture with an Auto class without importing its code.
+
+    `AutoModel.register` wants the class itself. The mappings are filled while transformers is
+    half imported, when modeling code cannot be imported yet; so this adds a name and a module
+    that resolves it, exactly as the mappings hold transformers' own architectures
+    (`_LazyAutoMapping`).
+
+    Args:
+        auto_class: `AutoModelForCausalLM` or another model Auto class.
+        config: the architecture's registered config class.
+        target: the model class as `"package.module:Class"`.
+    """
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+    module, _, class_name = target.partition(":")
+    mapping = auto_class._model_mapping
+    mapping._config_mapping[config.model_type] = config.__name__
+    mapping._reverse_config_mapping[config.__name__] = config.model_type
+    mapping._model_mapping[config.model_type] = class_name
+    mapping._modules[model_type_to_module_name(config.model_type)] = _LateModule(module, config)
+
+
+class _LateModule(ModuleType):
+    """Stands for a module with modeling code and imports it when a name is looked up."""
+
+    def __init__(self, target: str, config: type) -> None:
+        super().__init__(target)
+        setattr(self, config.__name__, config)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
