@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hf_ext import adapter
 from transformers import GenerationConfig, PreTrainedModel
+
+from hf_ext import adapter
 
 
 def check_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int = 0) -> None:

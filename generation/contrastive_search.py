@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hf_ext import adapter
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.strategy import DecodingStrategy, positive, share
 from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
+
+from hf_ext import adapter
 
 
 def contrastive_choice(
@@ -63,7 +64,8 @@ class ContrastiveSearch(DecodingStrategy):
         ...                      num_attention_heads=2, pad_token_id=0, eos_token_id=31)
         >>> model = LlamaForCausalLM(config).eval()
         >>> strategy = ContrastiveSearch(penalty_alpha=0.6, top_k=4)
-        >>> model.generate(torch.tensor([[1, 2, 3]]), custom_generate=strategy, min_new_tokens=4, max_new_tokens=4).shape
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> model.generate(ids, custom_generate=strategy, min_new_tokens=4, max_new_tokens=4).shape
         torch.Size([1, 7])
         >>> strategy.report.tokens
         4
