@@ -17,7 +17,21 @@ Example:
     ... )
 """
 
+from hf_ext.verify.cards import CardError, cards_dir, problems, snippets, write
 from hf_ext.verify.claim import Claim, Measurement, Result, Threshold
 from hf_ext.verify.runner import claims_of, run, run_one
 
-__all__ = ["Claim", "Measurement", "Result", "Threshold", "claims_of", "run", "run_one"]
+__all__ = [
+    "CardError",
+    "Claim",
+    "Measurement",
+    "Result",
+    "Threshold",
+    "cards_dir",
+    "claims_of",
+    "problems",
+    "run",
+    "run_one",
+    "snippets",
+    "write",
+]

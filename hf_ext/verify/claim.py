@@ -55,7 +55,7 @@ class Measurement:
     """What one claim check measured. Everything in it can be written as JSON.
 
     Args:
-        value: the figure that the threshold judges. A check may report NaN or infinity, which never passes.
+        value: the figure that the threshold judges.
         spread: low and high end of its uncertainty, for example a 95 % bootstrap interval.
         spread_of: what `spread` is, in words (`"95 % bootstrap interval over 24 prompts"`).
         seeds: the random seeds that were used.
@@ -63,7 +63,7 @@ class Measurement:
 
     Raises:
         TypeError: `value` is not a number, or `details` holds something JSON cannot.
-        ValueError: `spread` has its ends swapped, or lacks `spread_of`.
+        ValueError: a figure is NaN or infinite, or `spread` has its ends swapped or lacks `spread_of`.
 
     Example:
         >>> Measurement(0.5, spread=(0.4, 0.6), spread_of="95 % interval over 8 prompts").to_dict()["value"]
@@ -79,9 +79,11 @@ class Measurement:
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             raise TypeError(f"Measurement.value must be a plain number, got {type(self.value).__name__}; use .item()")
+        if not math.isfinite(self.value):
+            raise ValueError(f"measured {self.value}, which is no figure")
         if self.spread is not None:
             low, high = self.spread
-            if low > high:
+            if not low <= high:
                 raise ValueError(f"Measurement.spread must be (low, high), got {self.spread}")
             if not self.spread_of:
                 raise ValueError("Measurement.spread needs spread_of, which says what the interval is")
@@ -175,7 +177,7 @@ class Result:
 
 
 def _check_json(value: object, where: str) -> None:
-    """Raise `TypeError` naming the first place below `where` that JSON cannot hold."""
+    """Raise `TypeError` or `ValueError` naming the first place below `where` that JSON cannot hold."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -186,3 +188,5 @@ def _check_json(value: object, where: str) -> None:
             _check_json(item, f"{where}[{index}]")
     elif value is not None and not isinstance(value, str | int | float | bool):
         raise TypeError(f"Measurement.{where} is a {type(value).__name__}, which JSON cannot hold; use plain numbers")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"Measurement.{where} is {value}, which JSON cannot hold")
