@@ -1,0 +1,1 @@
+"""SWAN-GPT: the folder is shaped as its Hub repository; import the classes from its two modules."""
