@@ -1,0 +1,47 @@
+"""`hf-ext bench`: run one of the package's benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Annotated, Any
+
+import typer
+
+from hf_ext.cli.output import CliError, print_table
+
+#: Arguments that `bench` does not know go to the benchmark.
+PASS_ON = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="A benchmark; without a name they are listed.")] = None,
+) -> None:
+    """Run a benchmark; what follows its name is passed on to it."""
+    found = benchmarks()
+    if name is None:
+        print_table(["benchmark", "what it measures"], found.items())
+        return
+    if name not in found:
+        raise CliError(f"no benchmark {name!r}; there are {', '.join(found)}")
+    importlib.import_module(f"hf_ext.benchmarks.{name}").main(context.args)
+
+
+def benchmarks() -> dict[str, str]:
+    """Return the names of the benchmarks, each with the first line of its docstring. Imports none of them."""
+    import ast
+
+    import hf_ext.benchmarks
+
+    found = {}
+    for module in pkgutil.iter_modules(hf_ext.benchmarks.__path__):
+        spec = module.module_finder.find_spec(module.name, None)  # type: ignore[call-arg]
+        source = spec.loader.get_source(module.name) if spec is not None and spec.loader is not None else None
+        tree = ast.parse(source or "")
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+COMMANDS: list[tuple[str, Any, dict[str, Any]]] = [("bench", bench, PASS_ON)]

@@ -1,0 +1,86 @@
+"""Load a model and its tokenizer for the command line, with errors that say what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hf_ext.cli.output import CliError
+
+#: Names of the embedded models, usable wherever a model is asked for.
+EMBEDDED = ("target", "draft")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load the model and the tokenizer called `name`.
+
+    Args:
+        name: `target` or `draft` for an embedded model, a folder, or a repository on the Hub.
+        device: where it goes; a GPU if there is one by default.
+        dtype: one of `DTYPES`.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        CliError: there is no such model, or it cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise CliError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    place = torch.device("cpu") if device is None and not torch.cuda.is_available() else _device(device or "cuda")
+    source = _source(name)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except Exception as error:  # whatever a damaged or foreign folder makes the loaders raise
+        raise CliError(f"cannot load the model {name}: {_reason(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills such tensors with random numbers; what is generated then means nothing.
+        raise CliError(f"the weights of {name} lack {len(missing)} tensors that its config asks for: {missing[0]}, ...")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise CliError(f"cannot load the tokenizer of {name}: {_reason(error)}") from error
+    return model.to(place).eval(), tokenizer
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:
+        raise CliError(f"--device {name}: {_reason(error)}") from error
+    return torch.device(name)
+
+
+def _source(name: str) -> str:
+    """Return the folder or the Hub id that `name` stands for."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CliError(f"{name} is no model folder: it holds no config.json")
+        return str(path)
+    if name in EMBEDDED:
+        from hf_ext import demo
+
+        return str(demo.path(name))
+    if path.exists():
+        raise CliError(f"{name} is a file; --model takes a folder that save_pretrained wrote, or a Hub id")
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+        raise CliError(f"no such folder: {name!r}")
+    return name
+
+
+def _reason(error: Exception) -> str:
+    """Say what an exception of the loaders means for the user."""
+    text = str(error).strip() or type(error).__name__
+    if type(error).__name__ == "SafetensorError":
+        return f"its safetensors file is damaged or incomplete ({text}); save or download it again"
+    return f"{type(error).__name__}: {text}"
