@@ -12,6 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
 import hf_ext
 from hf_ext import plugins
 from hf_ext.plugins import Plugin
@@ -77,7 +80,7 @@ def write(results: Sequence[Result], root: str | Path | None = None) -> list[Pat
         path = folder / f"{name}.md"
         texts[folder / "results" / f"{name}.json"] = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         card = path.read_text(encoding="utf-8") if path.exists() else first_card(plugins.get(name))
-        texts[path] = with_figures(card, record)
+        texts[path] = with_generated(card, record)
     try:
         for path, text in texts.items():
             _replace(path, text)
@@ -86,21 +89,30 @@ def write(results: Sequence[Result], root: str | Path | None = None) -> list[Pat
     return list(texts)
 
 
-def with_figures(card: str, record: Mapping[str, Any]) -> str:
-    """Return the text of `card` with the figures of `record` in its claims block and its `model-index`.
+def with_generated(card: str, record: Mapping[str, Any]) -> str:
+    """Return the text of `card` with all that is generated: figures, `model-index`, table of options.
+
+    Args:
+        card: the card as it is.
+        record: what was measured.
 
     Raises:
         CardError: the card has no claims block or no readable metadata.
     """
-    from huggingface_hub import ModelCard
+    from hf_ext.cli.options import options_of
 
-    try:
-        parsed = ModelCard(card)
-    except ValueError as error:
-        raise CardError(f"the card of {record['plugin']} has no readable YAML metadata: {error}") from error
-    if len(render.BLOCK.findall(card)) != 1:
-        raise CardError(f"the card of {record['plugin']} needs exactly one block {render.BEGIN!r} ... {render.END!r}")
+    plugin = plugins.get(record["plugin"])
+    cls = plugins.resolve(plugin.auto["AutoConfig"], plugin.name) if plugin.auto else plugin.load()
+    options = render.options_block([option.as_dict() for option in options_of(cls)])
+
+    parsed = _parse(card, plugin.name)
+    for pattern, begin in ((render.BLOCK, render.BEGIN), (render.OPTIONS_BLOCK, render.OPTIONS_BEGIN)):
+        if (count := len(pattern.findall(card))) != 1:
+            raise CardError(
+                f"the card of {record['plugin']} needs exactly one block that starts {begin!r}, has {count}"
+            )
     parsed.text = render.BLOCK.sub(lambda _: render.block(record), parsed.text)
+    parsed.text = render.OPTIONS_BLOCK.sub(lambda _: options, parsed.text)
     parsed.data.model_name = record["plugin"]
     parsed.data.eval_results = render.eval_results(record)
     return str(parsed).rstrip() + "\n"
@@ -108,8 +120,6 @@ def with_figures(card: str, record: Mapping[str, Any]) -> str:
 
 def first_card(plugin: Plugin) -> str:
     """Start a card from what the plugin says of itself; options and claims are filled in, the prose is not."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     tags = ["hf_ext", plugin.kind, *(["custom_generate"] if plugin.kind == "strategy" else [])]
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag="text-generation", tags=tags
@@ -117,7 +127,7 @@ def first_card(plugin: Plugin) -> str:
     lines = [
         f"# {plugin.name}", plugin.summary, f"Paper: {plugin.paper}",
         "## Use", f"```python\n{plugin.example}\n```",
-        "## Options", "",
+        "## Options", f"{render.OPTIONS_BEGIN}\n{render.OPTIONS_END}",
         "## Measured claims", f"{render.BEGIN}\n{render.END}",
     ]  # fmt: skip
     return str(ModelCard(f"---\n{data}\n---\n\n" + "\n\n".join(lines)))
@@ -153,7 +163,10 @@ def problems(name: str, root: str | Path | None = None) -> list[str]:
     except plugins.PluginError as error:
         return [str(error)]
     card, record = path.read_text(encoding="utf-8"), json.loads(record_path.read_text(encoding="utf-8"))
-    return [*_record_problems(record, claims), *_figure_problems(card, record), *_form_problems(card, plugin)]
+    try:
+        return [*_record_problems(record, claims), *_figure_problems(card, record), *_form_problems(card, plugin)]
+    except CardError as error:
+        return [str(error)]
 
 
 def _record_problems(record: Mapping[str, Any], claims: Sequence[Any]) -> list[str]:
@@ -176,11 +189,11 @@ def _record_problems(record: Mapping[str, Any], claims: Sequence[Any]) -> list[s
 
 
 def _figure_problems(card: str, record: Mapping[str, Any]) -> list[str]:
-    try:
-        expected = with_figures(card, record)
-    except CardError as error:
-        return [str(error)]
-    found = [] if expected == card else ["the card's figures are not those of its record"]
+    found = (
+        []
+        if with_generated(card, record) == card
+        else ["the card's generated parts are not those its record and its class give"]
+    )
     body = card.split("\n---\n", 1)[1]
     if strays := render.stray_figures(body, record):
         found.append(f"the prose quotes figures that no claim check produced: {', '.join(strays)}")
@@ -188,9 +201,7 @@ def _figure_problems(card: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def _form_problems(card: str, plugin: Plugin) -> list[str]:
-    from huggingface_hub import ModelCard
-
-    data = ModelCard(card).data
+    data = _parse(card, plugin.name).data
     found = [f"metadata lacks {key}" for key in METADATA if not data.get(key)]
     if not data.eval_results:
         found.append("metadata has no evaluation results in model-index")
@@ -202,6 +213,13 @@ def _form_problems(card: str, plugin: Plugin) -> list[str]:
     if not snippets(card):
         found.append("the section Use has no Python snippet")
     return found
+
+
+def _parse(card: str, name: str) -> ModelCard:
+    try:
+        return ModelCard(card)
+    except (ValueError, YAMLError) as error:
+        raise CardError(f"the card of {name} has no readable YAML metadata: {error}") from error
 
 
 def _writable_checkout() -> Path:

@@ -7,7 +7,7 @@ were typed by hand from one whose figures were measured.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult
@@ -15,6 +15,9 @@ from huggingface_hub import EvalResult
 BEGIN = "<!-- claims:begin, written by `hf-ext verify --write` from the record of the run; do not edit -->"
 END = "<!-- claims:end -->"
 BLOCK = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+OPTIONS_BEGIN = "<!-- options:begin, written from the class's own signature and docstring; do not edit -->"
+OPTIONS_END = "<!-- options:end -->"
+OPTIONS_BLOCK = re.compile(rf"{re.escape(OPTIONS_BEGIN)}.*?{re.escape(OPTIONS_END)}", re.DOTALL)
 
 _FIGURE = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)|(?<![\w.])\d+(?=\s?(?:%|×|x\b|times\b|percent))")
 _NOT_PROSE = (
@@ -49,6 +52,20 @@ def block(record: Mapping[str, Any]) -> str:
     behind = [line for item in record["claims"] if (line := _behind(item))]
     parts = ["\n".join(rows), *(["Behind the figures:\n\n" + "\n".join(behind)] if behind else []), _stamp(record)]
     return "\n\n".join([BEGIN, *parts, END])
+
+
+def options_block(options: Sequence[Mapping[str, str]]) -> str:
+    """Return the marked table of a plugin's options.
+
+    Args:
+        options: each with `name`, `type`, `default` and `help`.
+    """
+    rows = [
+        "| Option | Type | Default | |",
+        "|---|---|---|---|",
+        *(f"| `{o['name']}` | `{_text(o['type'])}` | `{_text(o['default'])}` | {_text(o['help'])} |" for o in options),
+    ]
+    return "\n\n".join([OPTIONS_BEGIN, "\n".join(rows) if options else "None.", OPTIONS_END])
 
 
 def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
