@@ -1,0 +1,128 @@
+"""Put an objective's hooks on one model instance, and take them off again without a trace."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ext.trainer_callbacks.clean_loss import shifted_targets
+
+if TYPE_CHECKING:
+    from hf_ext.trainer_callbacks.objective import Objective
+
+
+class Installation:
+    """What one objective has put on one model.
+
+    Only weak references lead back to the objective: if training raises and the Trainer is thrown
+    away, the objective dies with it and its hooks leave the model.
+
+    Args:
+        objective: whose hooks to install.
+        model: the unwrapped model (a `PeftModel` is taken as it is, its base model gets the loss).
+    """
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        for hook in model._forward_pre_hooks.values():
+            if isinstance(hook, _BatchHook) and hook.objective() is not None:
+                raise ValueError(
+                    f"{objective.name} cannot be combined with {hook.objective().name}: the model already has an "
+                    "objective. Train with one objective at a time, or remove the other one from the callbacks."
+                )
+        self.model = model
+        self.lines = [f"forward pre-hook on {type(model).__name__}: {', '.join(_duties(objective))}"]
+        self._handle = model.register_forward_pre_hook(_BatchHook(objective, model), with_kwargs=True)
+        self._loss_owner: nn.Module | None = None
+        if objective.has("token_loss"):
+            self._replace_loss(objective, model)
+        self._finalizer = weakref.finalize(objective, self._take_off)
+
+    def remove(self) -> None:
+        """Take everything off the model. Calling it twice does nothing."""
+        self._finalizer()
+
+    def _replace_loss(self, objective: Objective, model: nn.Module) -> None:
+        owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._loss_owner = owner
+        self._had_loss = "_loss_function" in vars(owner)
+        self._original_loss = owner.loss_function
+        owner.loss_function = _LossHook(objective, owner, owner.loss_function)
+        self.lines.append(f"loss_function of {type(owner).__name__}: {objective.name}.token_loss")
+
+    def _take_off(self) -> None:
+        self._handle.remove()
+        if self._loss_owner is not None:
+            # the setter stores the function on the instance; without it the class's own loss is found again
+            if self._had_loss:
+                self._loss_owner.loss_function = self._original_loss  # type: ignore[assignment]
+            else:
+                vars(self._loss_owner).pop("_loss_function", None)
+
+
+def _duties(objective: Objective) -> list[str]:
+    duties = [f"{objective.name}.corrupt"] if objective.has("corrupt") else []
+    return [*duties, "clean next-token loss"]
+
+
+class _BatchHook:
+    """See each training batch on its way into the model: measure the clean loss, then corrupt."""
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        self.objective = weakref.ref(objective)
+        self._model = weakref.ref(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BatchHook:
+        return self  # a copy of the model (an EMA, say) is not the model that trains: see __call__
+
+    @torch.compiler.disable
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        objective = self.objective()
+        if objective is None or model is not self._model() or not (model.training and torch.is_grad_enabled()):
+            return None
+        inputs = {**_named(model, args), **kwargs}
+        return (), objective.on_batch(model, inputs)
+
+
+class _LossHook:
+    """Stand in for `model.loss_function`: the objective's loss while training, the model's own otherwise."""
+
+    def __init__(self, objective: Objective, model: nn.Module, original: Any) -> None:
+        self._objective = weakref.ref(objective)
+        self._model = weakref.ref(model)
+        self._original = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._original
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **extra: Any,
+    ) -> Tensor:
+        objective, model = self._objective(), self._model()
+        if objective is None or model is None or not (model.training and torch.is_grad_enabled()):
+            return self._original(
+                logits=logits,
+                labels=labels,
+                vocab_size=vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+                **extra,
+            )
+        targets = shifted_targets(labels, shift_labels)  # type: ignore[arg-type]
+        return objective.reduce_token_loss(logits, targets, num_items_in_batch, **extra)
+
+
+def _named(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Name the positional arguments of a forward call."""
+    return dict(inspect.signature(model.forward).bind_partial(*args).arguments) if args else {}

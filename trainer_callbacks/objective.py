@@ -1,0 +1,305 @@
+"""The base of all training objectives: a `TrainerCallback` that changes what one model trains on.
+
+A callback is handed the model but neither the batch nor the loss. So when training begins, an
+objective puts a forward pre-hook on the model instance (and, if it has a token loss, sets the
+instance's `loss_function`), and takes both off when training ends. Nothing is patched globally,
+the hook does nothing outside training, and `print(objective.installed())` says what is where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_ext.trainer_callbacks import noise
+from hf_ext.trainer_callbacks.clean_loss import clean_loss, next_token_loss
+from hf_ext.trainer_callbacks.installation import Installation
+from hf_ext.trainer_callbacks.meters import Meters
+
+#: Hooks that a subclass may define. Each is optional.
+HOOKS = ("corrupt", "token_loss", "step")
+#: With `logging_strategy="epoch"` over data of unknown length, measure the clean loss this often.
+STEPS_WITHOUT_EPOCH_LENGTH = 100
+
+
+@dataclass(eq=False)
+class Objective(TrainerCallback):
+    """A training objective for `Trainer(..., callbacks=[Objective(...)])`.
+
+    Subclass it as a dataclass (`@dataclass(eq=False)`), one field an option, and define one of
+
+    - `corrupt(inputs) -> inputs`: change what the model reads. Gets the batch on the device and
+      returns a changed copy; labels stay. Draw random numbers with `self.uniform(inputs)`: they
+      depend on seed, optimizer step and position only, so that no split of the batch, no padding,
+      no number of processes and no resume changes them.
+    - `token_loss(logits, targets, **extra) -> (sum, count)`: replace the loss. `logits[:, i]`
+      predicts `targets[:, i]`, -100 is ignored. The engine divides the sum by the number of targets
+      in the whole accumulated batch; `count` serves only where the Trainer does not know that.
+    - `step(trainer, model, inputs, num_items_in_batch) -> loss`: replace the computation of the
+      loss, with as many forward passes as it takes. Works through `attach(trainer, objective)` only.
+
+    `setup` runs when training begins; `self.record(name, total, count)` logs an average.
+
+    Args:
+        seed: base of all random numbers; the Trainer's `args.seed` if None.
+        clean_loss_every: measure the next-token loss on the uncorrupted batch each time the step is
+            a multiple of this; None for the steps that are logged, 0 for never. With a corruption
+            it costs one more forward pass (about a third of a step) at those steps, otherwise a
+            cross-entropy over logits that are there already. It is logged as `clean_loss`.
+
+    Example:
+        >>> @dataclass(eq=False)
+        ... class Confident(Objective):
+        ...     power: float = 2.0
+        ...     def token_loss(self, logits, targets, **extra):
+        ...         kept = targets != -100
+        ...         nll = -logits.log_softmax(-1)[kept].gather(-1, targets[kept][:, None])
+        ...         return (nll**self.power).sum(), kept.sum()
+        >>> Confident(power=1.5).describe()["options"]["power"]
+        1.5
+    """
+
+    #: slug, as `hf-ext list` prints it; None for the class name in lower case
+    slug: ClassVar[str | None] = None
+    #: title and identifier of the paper
+    paper: ClassVar[str] = ""
+
+    seed: int | None = field(default=None, kw_only=True)
+    clean_loss_every: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.clean_loss_every is not None and self.clean_loss_every < 0:
+            raise ValueError(f"clean_loss_every must be None, 0 or a number of steps, got {self.clean_loss_every}")
+        self._installation: Installation | None = None
+        self._meters = Meters()
+        self._attached = False
+        self._popped_labels: Tensor | None = None
+
+    # -- what a subclass may define -----------------------------------------------------------------
+
+    def setup(self, model: nn.Module, processing_class: Any, args: TrainingArguments) -> None:
+        """Prepare for training on `model`: resolve token ids, check options against the model."""
+
+    def corrupt(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch that the model shall read. See the class."""
+        raise NotImplementedError
+
+    def token_loss(self, logits: Tensor, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
+        """Return the summed loss and the number of targets. See the class."""
+        raise NotImplementedError
+
+    def step(
+        self, trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Return the loss of a micro-batch, divided by `num_items_in_batch`. See the class."""
+        raise NotImplementedError
+
+    # -- what a subclass may use --------------------------------------------------------------------
+
+    def uniform(self, inputs: Mapping[str, Any], *, stream: int = 0, per_document: bool = False) -> Tensor:
+        """Draw a number in [0, 1) for each position; see `hf_ext.trainer_callbacks.noise.uniform`."""
+        return noise.uniform(
+            inputs, seed=self._seed, step=self._state.global_step, stream=stream, per_document=per_document
+        )
+
+    def record(self, name: str, total: Tensor, count: Tensor | int = 1) -> None:
+        """Log the average `total / count` as `name`, over micro-batches, steps and processes."""
+        self._meters.add(name, total, count)
+
+    # -- what a user may ask ------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The objective's slug."""
+        return self.slug or type(self).__name__.lower()
+
+    def has(self, hook: str) -> bool:
+        """Tell whether the subclass defines `hook` (one of `HOOKS`)."""
+        return getattr(type(self), hook) is not getattr(Objective, hook)
+
+    def describe(self) -> dict[str, Any]:
+        """Return name, paper, options and hooks, for logs and model cards."""
+        options = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        hooks = [hook for hook in HOOKS if self.has(hook)]
+        return {"objective": self.name, "paper": self.paper, "options": options, "hooks": hooks}
+
+    def installed(self) -> list[str]:
+        """Say what the objective has put on the model, one line each; empty outside training."""
+        lines = list(self._installation.lines) if self._installation is not None else []
+        return [*lines, "mixin on the trainer's class (see attach)"] if self._attached else lines
+
+    def remove(self) -> None:
+        """Take the objective off the model. Training calls it at its end.
+
+        If training raises, a plain callback is not told: call this then, or use `attach`, which does.
+        """
+        if self._installation is not None:
+            self._installation.remove()
+            self._installation = None
+        self._meters.clear()
+        self._popped_labels = None
+
+    # -- Trainer events -----------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check for conflicts and install the hooks."""
+        self.remove()  # a run before this one may have raised
+        self._refuse_conflicts(args)
+        model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
+        self._args, self._state = args, state
+        self._seed = args.seed if self.seed is None else self.seed
+        self._steps_per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
+        self._batches = self._losses = 0
+        self.setup(model, kwargs.get("processing_class"), args)
+        self._installation = Installation(self, model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start counting the batches that pass through the hooks."""
+        self._batches = self._losses = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before an update that the objective had no part in."""
+        if self.has("corrupt") and not self._batches:
+            raise RuntimeError(
+                f"{self.name} saw no batch in this step: the training step does not call the model that the Trainer "
+                "gave to its callbacks. An objective needs a Trainer that calls `model(**inputs)`."
+            )
+        if self.has("token_loss") and not self._losses:
+            raise RuntimeError(
+                f"{self.name}.token_loss was not asked in this step: something computes the loss without the model's "
+                f"`loss_function` (a user `compute_loss_func`, a fused loss such as Liger's, or the model's own "
+                f"code). Switch that off, or use attach(trainer, {type(self).__name__}(...))."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the objective's averages to the Trainer's training log."""
+        if logs is None or "loss" not in logs:
+            return
+        terms = self._meters.drain()
+        logs.update(terms)  # for the callbacks after this one
+        state.log_history[-1].update(terms)  # the Trainer copied the logs before it asked
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was."""
+        self.remove()
+
+    # -- the engine: called by the hooks ------------------------------------------------------------
+
+    def on_batch(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Take a training batch on its way into the model and return the one it shall read."""
+        self._batches += 1
+        if self.has("token_loss") and inputs.get("fused_lm_head"):
+            raise ValueError(
+                f"{self.name} replaces the loss on logits, but this TRL trainer fuses the head with the loss and builds "
+                f"no logits. Use attach(trainer, {type(self).__name__}(...)), which computes the logits for it."
+            )
+        if not self.has("corrupt"):
+            return inputs
+        if inputs.get("input_ids") is None:
+            raise ValueError(f"{self.name} changes input_ids, but the batch has only: {', '.join(inputs)}")
+        if self.clean_loss_due():
+            self.measure_clean_loss(model.forward, model, inputs)
+        versions = {name: value._version for name, value in inputs.items() if isinstance(value, Tensor)}
+        changed = self.corrupt(dict(inputs))
+        for name, version in versions.items():
+            if inputs[name]._version != version:
+                raise RuntimeError(f"{self.name}.corrupt changed {name} in place; return a changed copy instead")
+        for name in ("labels", "shift_labels"):
+            if changed.get(name) is not inputs.get(name):
+                raise ValueError(
+                    f"{self.name}.corrupt changed {name}, but the Trainer has counted the targets already, so the loss "
+                    "would be divided by a wrong number. Change labels in the data or in the collator."
+                )
+        return changed
+
+    def reduce_token_loss(
+        self, logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, **extra: Any
+    ) -> Tensor:
+        """Turn the sum of `token_loss` into the loss that the Trainer accumulates."""
+        self._losses += 1
+        if num_items_in_batch is None:
+            self.refuse_unknown_count()
+        if self.clean_loss_due() and not self.has("corrupt"):  # with a corruption, it was measured before
+            with torch.no_grad():
+                self.record("clean_loss", *next_token_loss(logits.detach(), targets))
+        total, count = self.token_loss(logits, targets, **extra)
+        if total.dim():
+            raise ValueError(f"{self.name}.token_loss must return a summed scalar, got shape {tuple(total.shape)}")
+        denominator = count if num_items_in_batch is None else num_items_in_batch
+        return total / (denominator.to(total.device) if isinstance(denominator, Tensor) else denominator)
+
+    def refuse_unknown_count(self) -> None:
+        """Raise if gradients would depend on the split because nobody counted the targets."""
+        if self._args.gradient_accumulation_steps > 1 or self._args.world_size > 1:
+            raise ValueError(
+                f"{self.name} needs num_items_in_batch to accumulate gradients, but the Trainer passes none: the "
+                "model's forward must accept **kwargs (Trainer.model_accepts_loss_kwargs) and batches need labels."
+            )
+
+    def measure_clean_loss(self, forward: Any, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Record the next-token loss on a batch that is not corrupted yet."""
+        known = dict(inputs)
+        if known.get("labels") is None and known.get("shift_labels") is None:
+            if self._popped_labels is None:
+                return  # label smoothing or compute_loss_func took the labels away, and only attach sees them
+            known["labels"] = self._popped_labels
+        self.record("clean_loss", *clean_loss(forward, model, known))
+
+    def clean_loss_due(self) -> bool:
+        """Tell whether this optimizer step measures the clean loss."""
+        upcoming, args, every = self._state.global_step + 1, self._args, self.clean_loss_every
+        if every is not None:
+            return every > 0 and upcoming % every == 0
+        if args.logging_strategy == "epoch":
+            return upcoming % self._steps_per_epoch == 0
+        if args.logging_strategy != "steps":
+            return False
+        return upcoming % self._state.logging_steps == 0 or (upcoming == 1 and args.logging_first_step)
+
+    def _refuse_conflicts(self, args: TrainingArguments) -> None:
+        mine, line = type(self).__name__, f"attach(trainer, {type(self).__name__}(...))"
+        if self.has("step") and not self._attached:
+            raise ValueError(f"{mine} replaces the whole training step, which a callback cannot: use {line}.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{mine} does not work under torch.nn.DataParallel, which the Trainer uses when one process sees "
+                f"{args.n_gpu} GPUs. Start it with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES."
+            )
+        parallel = getattr(args, "parallelism_config", None)
+        if parallel is not None and (parallel.sp_enabled or parallel.cp_enabled):
+            raise ValueError(f"{mine} does not work with sequence or context parallelism: a row is on several devices.")
+        if self.has("token_loss") or self.has("step"):
+            if args.label_smoothing_factor:
+                raise ValueError(f"{mine} replaces the loss, so label_smoothing_factor must be 0.")
+            if getattr(args, "use_liger_kernel", False):
+                raise ValueError(f"{mine} needs logits, which Liger's fused loss never builds: drop use_liger_kernel.")
+
+
+def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int:
+    try:
+        return math.ceil(len(loader) / args.gradient_accumulation_steps)
+    except TypeError:  # an iterable dataset has no length
+        return STEPS_WITHOUT_EPOCH_LENGTH
