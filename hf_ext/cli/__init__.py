@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = print_warning
         try:
             return app(arguments or ["--help"], standalone_mode=False) or 0
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, typer.Abort):
             print("interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output has seen enough

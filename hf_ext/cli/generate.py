@@ -96,7 +96,7 @@ def _decoder(name: str, settings: list[str]) -> Any:
     except plugins.PluginError as error:
         raise CliError(f"{error}; transformers' own: {', '.join(STOCK)}") from error
     if plugin.kind != "strategy":
-        raise CliError(f"{plugin.name} is a {plugin.kind}; --strategy takes one of the kind strategy")
+        raise CliError(f"{plugin.name} is of the kind {plugin.kind}; --strategy takes one of the kind strategy")
     cls = plugin.load()
     strategy = cls(**parse_settings(settings, cls, plugin.name))
 
