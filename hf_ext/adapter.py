@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -181,3 +182,14 @@ class _LateModule(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(self.__name__), name)
+
+
+def remote_code_imports(file: str | Path) -> tuple[set[str], set[str]]:
+    """Read a file as the loader of remote code does (`transformers.dynamic_module_utils`).
+
+    Returns:
+        The modules beside the file that it would copy, and the packages it would insist on.
+    """
+    from transformers.dynamic_module_utils import get_imports, get_relative_imports
+
+    return set(get_relative_imports(file)), set(get_imports(file))
