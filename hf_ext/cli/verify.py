@@ -19,6 +19,8 @@ def verify(
     from hf_ext import verify
 
     quiet()
+    if write:
+        verify.write([])  # refuses a place that cannot be written before anything is measured
     results = verify.run(names or None, progress=not as_json and sys.stderr.isatty())
     if as_json:
         print_json([result.to_dict() for result in results])
