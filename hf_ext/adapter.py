@@ -6,6 +6,7 @@ when a transformers release moves one of them.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -193,3 +194,143 @@ def remote_code_imports(file: str | Path) -> tuple[set[str], set[str]]:
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
     return set(get_relative_imports(file)), set(get_imports(file))
+
+
+def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
+    """Turn gradient checkpointing on; `options` go to `torch.utils.checkpoint.checkpoint`.
+
+    `activation_checkpointing_enable` replaced `gradient_checkpointing_enable` after transformers 5.17.
+
+    Raises:
+        ValueError: the model does not support it.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
+def use_full_layers(cache: Cache | None) -> None:
+    """Make the sliding-window layers of an empty cache keep every column.
+
+    A windowed layer drops columns for good, so its rows can neither be moved nor forget tokens. The
+    attention mask goes by column, so the window still holds.
+    """
+    from transformers import cache_utils
+
+    if isinstance(cache, cache_utils.Cache) and cache.get_seq_length() == 0:
+        cache.layers = [
+            cache_utils.DynamicLayer() if type(layer) is cache_utils.DynamicSlidingWindowLayer else layer
+            for layer in cache.layers
+        ]
+
+
+def column_editing_problem(cache: Any) -> str | None:
+    """Say why the columns of a cache cannot be moved row by row, or None where they can."""
+    from transformers import cache_utils
+
+    if cache is None:
+        return "the model returned no cache"
+    if not isinstance(cache, cache_utils.Cache):
+        return f"the model's state is a {type(cache).__name__}, not a transformers Cache"
+    if isinstance(cache, cache_utils.EncoderDecoderCache):
+        return "it is that of an encoder-decoder"
+    if getattr(cache, "offloading", False):
+        return "it is offloaded to the CPU"
+    plain = (cache_utils.DynamicLayer, getattr(cache_utils, "DummyLayer", cache_utils.DynamicLayer))
+    for layer in cache.layers:
+        if type(layer) not in plain:
+            return f"it has a {type(layer).__name__}, whose columns are not plain tensors"
+    return None
+
+
+def _filled_layers(cache: Cache) -> list[Any]:
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]
+
+
+def rearrange_cache(cache: Cache, rows: torch.Tensor, shift: torch.Tensor, trim: int) -> None:
+    """Select rows of a cache of plain dynamic layers, roll each to the right, cut columns off the left.
+
+    Args:
+        cache: the cache, changed in place.
+        rows: `(new rows,)` int64, the old row of each new one.
+        shift: `(new rows,)` int64, columns that move from the right end to the left end.
+        trim: columns to cut off the left afterwards.
+    """
+    for layer in _filled_layers(cache):
+        for name in ("keys", "values"):
+            states = getattr(layer, name)
+            states = states.index_select(0, rows.to(states.device))
+            if bool(shift.any()):
+                length = states.shape[-2]
+                columns = torch.arange(length, device=states.device) - shift.to(states.device)[:, None]
+                states = states.gather(2, (columns % length)[:, None, :, None].expand(states.shape))
+            setattr(layer, name, states[:, :, trim:])
+
+
+def copy_columns(cache: Cache, row: int, start: int, stop: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Copy columns `start` to `stop` of one row: for every filled layer, keys and values `(heads, columns, width)`."""
+    return [
+        (layer.keys[row, :, start:stop].clone(), layer.values[row, :, start:stop].clone())
+        for layer in _filled_layers(cache)
+    ]
+
+
+def refill_cache(cache: Cache, rows: list[list[tuple[torch.Tensor, torch.Tensor]]], starts: list[int]) -> None:
+    """Fill a cache from copies of single rows; the reverse of `copy_columns`.
+
+    Args:
+        cache: the cache they were copied from; its content is replaced.
+        rows: what `copy_columns` returned for each row.
+        starts: the column at which each row begins; the rest is zero.
+    """
+    for index, layer in enumerate(_filled_layers(cache)):
+        for which, name in enumerate(("keys", "values")):
+            parts = [row[index][which] for row in rows]
+            length = max(start + part.shape[1] for start, part in zip(starts, parts, strict=True))
+            filled = parts[0].new_zeros(len(parts), parts[0].shape[0], length, parts[0].shape[2])
+            for new, start, part in zip(filled, starts, parts, strict=True):
+                new[:, start : start + part.shape[1]] = part
+            setattr(layer, name, filled)
+
+
+def processors_of_row(processors: Any, row: int, rows: int) -> Any:
+    """Return logits processors for calls that see one row of the batch, in any number of copies.
+
+    Those of transformers that tell rows apart by their index are bound to `row`.
+
+    Args:
+        processors: the `LogitsProcessorList` that `generate` prepared.
+        row: index of the row in the batch.
+        rows: size of the batch.
+
+    Raises:
+        ValueError: a processor keeps a state of its own for every row of the batch.
+    """
+    from transformers.generation import logits_process as library
+
+    stateful = tuple(
+        getattr(library, name)
+        for name in ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+    )
+    bound = library.LogitsProcessorList()
+    for processor in processors:
+        if isinstance(processor, stateful):
+            raise ValueError(
+                f"{type(processor).__name__} keeps a state for every row of the batch and cannot follow rows that "
+                "are tried several times"
+            )
+        if type(processor) is library.PrefixConstrainedLogitsProcessor:
+            allowed = processor._prefix_allowed_tokens_fn
+            processor = library.PrefixConstrainedLogitsProcessor(
+                lambda _, ids, allowed=allowed: allowed(row, ids), num_beams=1
+            )
+        elif type(processor) is library.EncoderRepetitionPenaltyLogitsProcessor:
+            prompts = processor.encoder_input_ids
+            processor = copy.copy(processor)
+            processor.encoder_input_ids = prompts[row * len(prompts) // rows][None]
+        elif type(processor) is library.EncoderNoRepeatNGramLogitsProcessor:
+            prompts = processor.batch_size
+            processor = copy.copy(processor)
+            processor.generated_ngrams = [processor.generated_ngrams[row * prompts // rows]]
+            processor.batch_size = 1
+        bound.append(processor)
+    return bound
