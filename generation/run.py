@@ -38,10 +38,13 @@ class DecodingRun:
         synced_gpus: keep calling forward until every process is done.
         model_kwargs: forward arguments, the cache among them.
         report: the ledger to fill.
+        tokenizer: the tokenizer given to `Strategy.generate`, if any.
 
     Attributes:
         input_ids: `(batch, length so far)` int64.
         unfinished: `(batch,)` bool, rows that still produce tokens.
+        keep_scores: whether the caller wants the processed scores of every token.
+        keep_logits: likewise the raw logits.
         model_kwargs: forward arguments for the next call.
     """
 
@@ -56,10 +59,12 @@ class DecodingRun:
         synced_gpus: bool,
         model_kwargs: dict[str, Any],
         report: DecodeReport,
+        tokenizer: Any = None,
     ) -> None:
         self.model, self.input_ids, self.config = model, input_ids, config
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.streamer, self.synced_gpus, self.model_kwargs, self.report = streamer, synced_gpus, model_kwargs, report
+        self.tokenizer = tokenizer
         self.prompt_length = input_ids.shape[1]
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.encoder_decoder: bool = model.config.is_encoder_decoder
@@ -70,8 +75,8 @@ class DecodingRun:
         self._cache_was_given = adapter.is_user_cache(model_kwargs.get("past_key_values"))
         self._started = time.perf_counter()
         wanted = config.return_dict_in_generate
-        self._keep_scores = wanted and config.output_scores
-        self._keep_logits = wanted and config.output_logits
+        self.keep_scores = bool(wanted and config.output_scores)
+        self.keep_logits = bool(wanted and config.output_logits)
         self._scores: list[torch.Tensor] = []
         self._logits: list[torch.Tensor] = []
         self._forwards: list[ModelOutput] = []  # only what the caller asked to see of them
@@ -184,16 +189,36 @@ class DecodingRun:
         if self.pad_token_id is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad_token_id)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        if self._keep_scores and scores is not None:
+        if self.keep_scores and scores is not None:
             self._scores.append(scores)
-        if self._keep_logits and logits is not None:
+        if self.keep_logits and logits is not None:
             self._logits.append(logits.float())
         if outputs is not None and (self.config.output_attentions or self.config.output_hidden_states):
             self._forwards.append(outputs)
         self._new_tokens += self.unfinished
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
-        self.unfinished &= ~self.stopping_criteria(self.input_ids, tuple(self._scores) if self._keep_scores else None)
+        self.unfinished &= ~self.stopping_criteria(self.input_ids, tuple(self._scores) if self.keep_scores else None)
+
+    def adopt(
+        self,
+        sequences: torch.Tensor,
+        new_tokens: list[int],
+        scores: list[torch.Tensor],
+        logits: list[torch.Tensor],
+    ) -> None:
+        """Take over what a strategy produced itself because its rows grew by different numbers of tokens.
+
+        Args:
+            sequences: `(batch, length)` int64, prompts included, padded on the right.
+            new_tokens: new tokens of each row.
+            scores: `(batch, vocabulary)` processed scores of each new column, if they are wanted.
+            logits: likewise the raw logits.
+        """
+        self.input_ids = sequences
+        self.unfinished = torch.zeros_like(self.unfinished)
+        self._new_tokens = torch.tensor(new_tokens)
+        self._scores, self._logits = scores, logits
 
     def result(self) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
         """End the stream, close the report and return what `generate` would."""
@@ -206,8 +231,8 @@ class DecodingRun:
             return self.input_ids
         found = {
             "sequences": self.input_ids,
-            "scores": tuple(self._scores) if self._keep_scores else None,
-            "logits": tuple(self._logits) if self._keep_logits else None,
+            "scores": tuple(self._scores) if self.keep_scores else None,
+            "logits": tuple(self._logits) if self.keep_logits else None,
             "past_key_values": self.cache,
         }
         attentions, states = self.config.output_attentions, self.config.output_hidden_states

@@ -83,6 +83,7 @@ class DecodingStrategy(abc.ABC):
         generation_config: GenerationConfig,
         synced_gpus: bool | None = None,
         streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """Decode what `generate` has prepared; transformers calls this.
@@ -95,6 +96,7 @@ class DecodingStrategy(abc.ABC):
             generation_config: the resolved settings.
             synced_gpus: keep in step with other processes; found out by default.
             streamer: receives the new tokens.
+            tokenizer: that of the prompts, for strategies that read text; `generate` of this class passes it.
             **model_kwargs: forward arguments (mask, positions, cache, encoder outputs).
 
         Returns:
@@ -123,7 +125,7 @@ class DecodingStrategy(abc.ABC):
         self.report = DecodeReport(name)
         run = DecodingRun(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, synced_gpus,
-            model_kwargs, self.report,
+            model_kwargs, self.report, tokenizer,
         )  # fmt: skip
         self.decode(run)
         return run.result()
@@ -150,7 +152,7 @@ class DecodingStrategy(abc.ABC):
             inputs: `(batch, length)` prompt; `input_ids=` works as well.
             streamer: receives the prompt and then the new tokens.
             synced_gpus: as in `generate`.
-            tokenizer: needed for `stop_strings`.
+            tokenizer: needed for `stop_strings`, and by strategies that read text.
             assistant_model: refused; strategies with a draft take it as an option.
             assistant_tokenizer: likewise.
             stop_strings: text at which a row ends.
@@ -199,9 +201,8 @@ class _Call:
     tokenizer: Any
 
     def __call__(self, model: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
-        return self.strategy(
-            model, input_ids, **{**prepared, "streamer": self.streamer, "synced_gpus": self.synced_gpus}
-        )
+        kept = {"streamer": self.streamer, "synced_gpus": self.synced_gpus, "tokenizer": self.tokenizer}
+        return self.strategy(model, input_ids, **{**prepared, **kept})
 
 
 class _without_stop_strings:
