@@ -388,11 +388,9 @@ class SwanGPTForCausalLM(SwanGPTPreTrainedModel, GenerationMixin):
             )
         if getattr(llama, "is_quantized", False):
             raise ValueError("cannot convert quantized weights: load the checkpoint without quantization")
-        own = {"layer_types", "training_length", "log_scale_slope"}
-        if wrong := sorted(set(options) - own):
-            raise ValueError(
-                f"cannot set {', '.join(wrong)}: the weights decide it; choose among {', '.join(sorted(own))}"
-            )
+        own = ("layer_types", "log_scale_slope", "training_length")
+        if wrong := sorted(set(options) - set(own)):
+            raise ValueError(f"cannot set {', '.join(wrong)}: the weights decide that; options are {', '.join(own)}")
         if sliding_window is None:
             sliding_window = max(2, min(512, llama.config.max_position_embeddings // 2))
         shape = {field.name for field in fields(SwanGPTConfig)} - {field.name for field in fields(PreTrainedConfig)}
