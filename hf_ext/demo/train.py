@@ -13,6 +13,7 @@ the weights records the steps that were really made.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -106,6 +107,7 @@ class Schedule:
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "_requested", True))
 
     def __call__(self, step: int) -> float:
+        """Return the share for `step`, moving the fall forward if a signal asked for it."""
         if self._requested and step < self.decay_start:
             length = self.steps - self.decay_start
             self.decay_start, self.steps = step, step + min(length, max(step // 4, 1))
@@ -153,25 +155,42 @@ def train(args: argparse.Namespace) -> None:
             nats = held_out_loss(model, held_out)
             minutes = (time.time() - start) / 60
             log.append({"step": step, "train": round(loss.item(), 4), "held_out": round(nats, 4)})
-            print(f"step {step}/{schedule.steps} train {loss.item():.3f} held-out {nats:.3f} {minutes:.1f} min", flush=True)
+            print(
+                f"step {step}/{schedule.steps} train {loss.item():.3f} held-out {nats:.3f} {minutes:.1f} min",
+                flush=True,
+            )
             if args.checkpoint:
-                model.save_pretrained(args.out)
-    model.save_pretrained(args.out)
+                save(model, args.out)
+    save(model, args.out)
     tokenizer.save_pretrained(args.out)
-    text_bytes = sum(len(s.text.encode()) for s in sources() if s.held_out and "/" not in s.name)
-    nats = held_out_loss(model, held_out)
     recipe = {
         "seed": args.seed, "steps": schedule.steps, "decay_start": schedule.decay_start, "batch": args.batch,
         "context": CONTEXT, "lr": args.lr, "bf16_autocast": args.bf16, "optimizer": "Muon + AdamW",
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens_in_corpus": len(data), "tokens_seen": schedule.steps * args.batch * CONTEXT,
-        "held_out_loss_nats_per_token": round(nats, 4),
-        "held_out_bits_per_byte": round(nats * len(held_out) / math.log(2) / text_bytes, 4),
+        **measure(args.out, held_out),
         "minutes": round((time.time() - start) / 60, 1), "hardware": hardware(),
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "log": log,
     }  # fmt: skip
     (args.out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+
+
+def save(model: LlamaForCausalLM, out: Path) -> None:
+    """Save the weights as bfloat16, half the size, for a model that loads and computes in float32."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
+def measure(folder: Path, held_out: torch.Tensor) -> dict[str, float]:
+    """Return the held-out figures of saved weights, after their rounding."""
+    nats = held_out_loss(LlamaForCausalLM.from_pretrained(folder), held_out)
+    text_bytes = sum(len(s.text.encode()) for s in sources() if s.held_out and "/" not in s.name)
+    return {
+        "held_out_loss_nats_per_token": round(nats, 4),
+        "held_out_bits_per_byte": round(nats * len(held_out) / math.log(2) / text_bytes, 4),
+    }
 
 
 def hardware() -> str:
