@@ -47,6 +47,7 @@ def record_of(results: Sequence[Result], command: str) -> dict[str, Any]:
         "command": command,
         "hardware": stamp.hardware(),
         "versions": stamp.versions(),
+        "embedded_weights": stamp.weights(),
         "claims": [result.to_dict() for result in results],
     }
 
@@ -172,6 +173,8 @@ def problems(name: str, root: str | Path | None = None) -> list[str]:
 def _record_problems(record: Mapping[str, Any], claims: Sequence[Any]) -> list[str]:
     recorded = {item["claim"]: item for item in record["claims"]}
     found = []
+    if record["embedded_weights"] != stamp.weights():
+        found.append("the figures were measured with other embedded models than those installed")
     for claim in claims:
         item = recorded.pop(claim.name, None)
         if item is None:

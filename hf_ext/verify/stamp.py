@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +39,24 @@ def versions() -> dict[str, str]:
         ['hf_ext', 'python', 'torch', 'transformers']
     """
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def weights() -> dict[str, str]:
+    """Return the first digits of the SHA-256 of each embedded model's weights, `"absent"` for one that is not there.
+
+    Figures measured with other weights than those installed are out of date.
+
+    Example:
+        >>> sorted(weights())
+        ['draft', 'target']
+    """
+    from hf_ext import demo
+
+    found = {}
+    for name in ("target", "draft"):
+        path = Path(demo.path(name)) / "model.safetensors"
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "absent"
+    return found
 
 
 def _version(name: str) -> str:

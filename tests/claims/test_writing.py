@@ -124,6 +124,11 @@ def test_verdict_edited_in_the_record_contradicts_its_figure(card):
     assert "the record's verdict on 'better' contradicts its figure" in problems("toy", card.parent)
 
 
+def test_figures_measured_with_other_embedded_models_are_out_of_date(card, monkeypatch):
+    monkeypatch.setattr("hf_ext.verify.stamp.weights", lambda: {"target": "other", "draft": "other"})
+    assert problems("toy", card.parent) == ["the figures were measured with other embedded models than those installed"]
+
+
 def test_missing_card_is_named_with_the_command_that_writes_it(toy, tmp_path):
     assert problems("toy", tmp_path) == ["toy.md and toy.json missing; run `hf-ext verify toy --write`"]
 
