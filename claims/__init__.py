@@ -1,0 +1,1 @@
+"""Claim checks, one file a plugin; `hf-ext verify` runs them."""
