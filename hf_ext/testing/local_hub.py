@@ -119,11 +119,13 @@ class LocalHub:
             A copy of `os.environ` with the client's settings. `HF_HOME` is a folder of this Hub's
             own, so that nothing cached or stored by the user leaks in or out.
         """
-        cleared = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE")
-        env = {name: value for name, value in os.environ.items() if name not in (*cleared, "HF_MODULES_CACHE")}
+        cleared = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_MODULES_CACHE")
+        env = {name: value for name, value in os.environ.items() if name not in cleared}
         env |= {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": self._home.name,
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",

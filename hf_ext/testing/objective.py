@@ -44,8 +44,8 @@ ONE_GRADIENT = {
 SPLIT_TOLERANCE = 1e-5
 
 
-class ObjectiveConformance:
-    """Tests that hold for any objective; subclass it as `Test...` and pytest runs them.
+class ObjectiveInProcess:
+    """The part of `ObjectiveConformance` that starts no other process.
 
     Attributes:
         objective: the class under test.
@@ -110,7 +110,9 @@ class ObjectiveConformance:
         """`eval_loss` in the middle of training is that of the same weights under a plain Trainer."""
         model = self.model()
         trainer = self.run(model, self.make(), max_steps=1, eval_strategy="steps", eval_steps=1)
-        plain = Trainer(model=model, args=trainer.args, eval_dataset=examples(8, seed=1), data_collator=collate)
+        untouched = self.model()  # the trained instance may still carry what a broken objective left on it
+        untouched.load_state_dict(model.state_dict())
+        plain = Trainer(model=untouched, args=trainer.args, eval_dataset=examples(8, seed=1), data_collator=collate)
         here, there = logged(trainer, "eval_loss")[0], plain.evaluate()["eval_loss"]
         assert abs(here - there) <= 1e-6, f"eval_loss is {here} under the objective, {there} without it"
 
@@ -178,7 +180,9 @@ class ObjectiveConformance:
         objective = self.make()
         self.run(model, objective)
         self.run(plain, None)
-        assert installed_parts(model) == installed_parts(plain)
+        left, expected = installed_parts(model), installed_parts(plain)
+        extra = {name: parts ^ expected[name] for name, parts in left.items() if parts != expected[name]}
+        assert not extra, f"left on the model: {extra}"
         assert objective.installed() == (["mixin on the trainer's class (see attach)"] if self.attached else [])
 
     def test_remove_cleans_up_after_training_that_raised(self) -> None:
@@ -226,6 +230,16 @@ class ObjectiveConformance:
             assert difference <= SPLIT_TOLERANCE, f"split in {parts}: gradients differ by up to {difference:.3g}"
             assert len(logged(trainer, "clean_loss")) == 1
 
+    def test_description_is_plain_data_with_all_options(self) -> None:
+        """`describe()` goes into JSON and names every option that was set."""
+        described = json.loads(json.dumps(self.make().describe()))
+        assert described["objective"]
+        assert set(self.options) <= set(described["options"])
+
+
+class ObjectiveConformance(ObjectiveInProcess):
+    """Tests that hold for any objective; subclass it as `Test...` and pytest runs them."""
+
     def test_two_processes_train_what_one_process_does(self, tmp_path: Path) -> None:
         """Under `accelerate launch --cpu` both processes end with equal weights, those of one process."""
         found = processes.train_in_two_processes(self.objective, self.options, self.attached, tmp_path)
@@ -245,12 +259,6 @@ class ObjectiveConformance:
         difference = processes.logits_without_hf_ext(model, tmp_path)
         assert difference <= 1e-6, f"logits differ by up to {difference:.3g}"
 
-    def test_description_is_plain_data_with_all_options(self) -> None:
-        """`describe()` goes into JSON and names every option that was set."""
-        described = json.loads(json.dumps(self.make().describe()))
-        assert described["objective"]
-        assert set(self.options) <= set(described["options"])
-
 
 #: What any Trainer leaves on a model, with or without an objective.
 TRAINER_PARTS = frozenset({"_is_accelerate_prepared"})
@@ -261,7 +269,7 @@ def installed_parts(model: nn.Module) -> dict[str, set[str]]:
     parts = {}
     for name, module in model.named_modules():
         hooks = {
-            f"{kind}: {hook!r}"
+            f"{kind}: {getattr(hook, '__qualname__', type(hook).__qualname__)}"
             for kind, held in vars(module).items()
             if kind.endswith("_hooks") and isinstance(held, dict)
             for hook in held.values()
