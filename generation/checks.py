@@ -9,14 +9,20 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_ext import adapter
 
+#: Settings of `generate` that choose another way to decode.
+OTHER_METHODS = ("prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers", "penalty_alpha", "use_mtp")
 
-def check_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int = 0) -> None:
+
+def check_inputs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cached: int = 0, encoder: bool = False
+) -> None:
     """Check the prompts of a decoding call.
 
     Args:
         input_ids: `(batch, length)` ids.
         attention_mask: `(batch, cached + length)` or `(batch, length)`, 0 on padding; None for no padding.
         cached: tokens that the cache already holds.
+        encoder: whether these are the inputs of an encoder, where padding may stand on either side.
 
     Raises:
         ValueError: an empty prompt, a mask of another shape, a row that is all padding, padding on the right.
@@ -45,7 +51,7 @@ def check_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, c
     if empty:
         raise ValueError(f"the prompt of row {empty[0]} is empty: its attention_mask has no 1")
     right = (attention_mask[:, -1] == 0).nonzero().flatten().tolist()
-    if right:
+    if right and not encoder:
         raise ValueError(
             f"row {right[0]} is padded on the right, so new tokens would follow padding; "
             "tokenize with padding_side='left'"
@@ -88,6 +94,12 @@ def check_config(strategy: str, options: dict[str, Any], config: GenerationConfi
     """
     if (config.num_beams or 1) > 1:
         raise ValueError(f"{strategy} does not use beams; call generate with num_beams=1 (got {config.num_beams})")
+    for name in OTHER_METHODS:
+        value = getattr(config, name, None)
+        if value is not None and name not in options and value != getattr(defaults, name, None):
+            raise ValueError(
+                f"{name}={value!r} asks for another method than {strategy}, which would ignore it; leave it out"
+            )
     if config.token_healing and not defaults.token_healing:
         raise ValueError(f"{strategy} does not heal tokens; call model.heal_tokens on the prompt first")
     fallback = adapter.default_generation_values()

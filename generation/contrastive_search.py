@@ -135,6 +135,7 @@ class ContrastiveSearch(DecodingStrategy):
             # The cache has looked one token further than a caller who goes on from it expects.
             rewind.step(last=not run.any_unfinished)
 
+        rewind.finish()
         run.report.details["mean_penalty"] = float(torch.stack(penalties).mean()) if penalties else 0.0
 
 

@@ -66,13 +66,15 @@ class DecodingRun:
         self.streamer, self.synced_gpus, self.model_kwargs, self.report = streamer, synced_gpus, model_kwargs, report
         self.tokenizer = tokenizer
         self.prompt_length = input_ids.shape[1]
+        embeds = model_kwargs.get("inputs_embeds")
+        self._embedded = 0 if embeds is None or input_ids.shape[1] else embeds.shape[1]
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.encoder_decoder: bool = model.config.is_encoder_decoder
         pad = adapter.special_token(config, "pad")
         self.pad_token_id = None if pad is None else int(pad)
         self._new_tokens = torch.zeros_like(self.unfinished, dtype=torch.long)
         # generate creates an empty cache itself where none was passed in, before it calls the strategy.
-        self._cache_was_given = adapter.is_user_cache(model_kwargs.get("past_key_values"))
+        self.cache_was_given = adapter.is_user_cache(model_kwargs.get("past_key_values"))
         self._started = time.perf_counter()
         wanted = config.return_dict_in_generate
         self.keep_scores = bool(wanted and config.output_scores)
@@ -91,14 +93,16 @@ class DecodingRun:
     @property
     def cache_outlives_call(self) -> bool:
         """Whether the caller can go on from the cache: it is returned, or was passed in."""
-        return bool(self.config.return_dict_in_generate) or self._cache_was_given
+        return bool(self.config.return_dict_in_generate) or self.cache_was_given
 
     @property
     def attention_mask(self) -> torch.Tensor:
         """`(batch, length)` int64 mask over the decoder's tokens so far, 0 on padding."""
         name = "decoder_attention_mask" if self.encoder_decoder else "attention_mask"
         mask = self.model_kwargs.get(name)
-        return torch.ones_like(self.input_ids) if mask is None else mask[:, : self.input_ids.shape[1]]
+        # A prompt given as embeddings has columns in the mask and none in the ids.
+        length = self.input_ids.shape[1] + self._embedded
+        return self.input_ids.new_ones(len(self.input_ids), length) if mask is None else mask[:, :length]
 
     @property
     def running(self) -> bool:
@@ -120,12 +124,12 @@ class DecodingRun:
 
         Returns:
             The model's output; `logits[:, -1]` are those of the first new token.
-
-        Raises:
-            ValueError: the model gave no cache although one is in use.
         """
+        cached = 0 if self.cache is None else self.cache.get_seq_length()
         outputs = adapter.prefill(self.model, self.input_ids, self.config, {**self.model_kwargs, **forward_kwargs})
-        self._count(len(self.input_ids), outputs.logits, self.input_ids.shape[1])
+        # The prompt may hold what is in the cache already or not; how much the cache has grown tells.
+        grown = 0 if self.cache is None else self.cache.get_seq_length() - cached
+        self._count(len(self.input_ids), grown or self.input_ids.shape[1] + self._embedded)
         self.model_kwargs = adapter.extend_kwargs(self.model, outputs, self.model_kwargs)
         return outputs
 
@@ -143,9 +147,10 @@ class DecodingRun:
         """
         own = model_kwargs is None
         kwargs = self.model_kwargs if model_kwargs is None else model_kwargs
-        inputs = adapter.next_inputs(self.model, tokens, kwargs)
+        width = 1 if kwargs.get("use_cache", True) else tokens.shape[1]
+        inputs = adapter.next_inputs(self.model, tokens, kwargs, width)
         outputs = self.model(**{**inputs, **forward_kwargs}, return_dict=True)
-        self._count(len(tokens), outputs.logits, 1)
+        self._count(len(tokens), width)
         updated = adapter.extend_kwargs(self.model, outputs, kwargs)
         if own:
             self.model_kwargs = updated
@@ -180,12 +185,16 @@ class DecodingRun:
     ) -> None:
         """Append one token to every row, stream it, and find out which rows are done.
 
+        Does nothing once all rows are done: a process that waits for others only calls forward.
+
         Args:
             tokens: `(batch,)` int64; rows that are done get padding instead.
             scores: `(batch, vocabulary)` processed scores the tokens were chosen from.
             logits: `(batch, vocabulary)` raw logits likewise.
             outputs: the forward pass that gave them, for `output_hidden_states` and `output_attentions`.
         """
+        if not self.any_unfinished:
+            return
         if self.pad_token_id is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad_token_id)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
@@ -252,6 +261,6 @@ class DecodingRun:
             decoder_hidden_states=tuple(o.decoder_hidden_states for o in self._forwards) if states else None,
         )
 
-    def _count(self, rows: int, logits: torch.Tensor, positions: int) -> None:
+    def _count(self, rows: int, positions: int) -> None:
         self.report.target_calls += 1
         self.report.target_positions += rows * positions

@@ -120,6 +120,12 @@ class DecodingStrategy(abc.ABC):
             cached = 0 if cache is None else cache.get_seq_length()
             mask = None if model.config.is_encoder_decoder else model_kwargs.get("attention_mask")
             check_inputs(input_ids, mask, cached)
+            length, dropped = input_ids.shape[1], adapter.mask_length(generation_config)
+            if mask is None and dropped not in (None, length, length + cached):
+                raise ValueError(
+                    f"attention_mask has {dropped} columns, but input_ids have {length}; pass the mask that the "
+                    "tokenizer returned with these ids"
+                )
             longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
             check_context(model, longest)
         self.report = DecodeReport(name)
@@ -173,7 +179,8 @@ class DecodingStrategy(abc.ABC):
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(ids, torch.Tensor) and kwargs.get("inputs_embeds") is None and ids.dtype == torch.long:
             cache = kwargs.get("past_key_values")
-            check_inputs(ids, kwargs.get("attention_mask"), 0 if cache is None else cache.get_seq_length())
+            cached = 0 if cache is None else cache.get_seq_length()
+            check_inputs(ids, kwargs.get("attention_mask"), cached, encoder=model.config.is_encoder_decoder)
         given: GenerationConfig | None = kwargs.get("generation_config")
         if stop_strings is None:
             stop_strings = (given.stop_strings if given is not None else None) or model.generation_config.stop_strings

@@ -53,7 +53,10 @@ def expand_kwargs(model: PreTrainedModel, model_kwargs: Mapping[str, Any], times
 def next_inputs(
     model: PreTrainedModel, tokens: torch.Tensor, model_kwargs: Mapping[str, Any], new_tokens: int = 1
 ) -> dict[str, Any]:
-    """Build the forward arguments for the last `new_tokens` columns of `tokens` after prefill."""
+    """Build the forward arguments for the last `new_tokens` columns of `tokens` after prefill.
+
+    Stands on `next_sequence_length` of `prepare_inputs_for_generation`.
+    """
     return model.prepare_inputs_for_generation(tokens, next_sequence_length=new_tokens, **model_kwargs)
 
 
@@ -108,6 +111,8 @@ def row_editing_problem(cache: Cache | None) -> str | None:
         return "the model returned no cache"
     if not isinstance(cache, cache_utils.Cache):
         return f"the model's state is a {type(cache).__name__}, not a transformers Cache"
+    if not any(getattr(layer, "is_initialized", True) for layer in cache_layers(cache)):
+        return "the model put nothing into it"
     for layer in cache_layers(cache):
         kind = type(layer).__name__
         if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin):
@@ -139,9 +144,12 @@ class CacheRewind:
         """After a step: trim what is out of every window or, at the last step, forget one token."""
         if self.needed:
             self.cache.crop(-1 if last else 0)
-            for layer in cache_layers(self.cache) if last else ():
-                if hasattr(layer, "record_past"):
-                    layer.record_past = False
+
+    def finish(self) -> None:
+        """After the last step: stop recording, so that the cache is again as `generate` leaves it."""
+        for layer in cache_layers(self.cache) if self.needed else ():
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
 
 def default_generation_values() -> dict[str, Any]:
