@@ -144,7 +144,7 @@ class _explained:
         causes = list(_chain(error))
         for cause in causes:
             if isinstance(cause, HfHubHTTPError):
-                return self._answer(cause)
+                return self._answer(cause) or _line(error)
         for cause in causes:
             if isinstance(cause, (HTTPError, ConnectionError)):
                 where = str(getattr(error, "filename", "") or self.api.endpoint)
@@ -152,6 +152,7 @@ class _explained:
         return _line(error)
 
     def _answer(self, error: HfHubHTTPError) -> str:
+        """Say what an answer of the Hub means; nothing where the client's own message says it."""
         status = error.response.status_code
         if status == 401:
             advice = "run `hf auth login` for a new one, or pass token=..."
@@ -162,7 +163,7 @@ class _explained:
             return f"no such repository or branch (404): {_line(error)}"
         if status >= 500:
             return f"the Hub failed with {status}; try again later"
-        return _line(error)
+        return ""
 
     def _state(self) -> str:
         """Say whether the commit was made."""

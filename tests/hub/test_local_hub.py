@@ -113,7 +113,7 @@ def test_an_upload_that_breaks_off_leaves_the_repository_as_it_was(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits between its retries
     before = hub.repository("user/demo").resolve("main")
     hub.faults = [Fault(where, after=100)]
-    with pytest.raises(Exception, match="(?i)reset|disconnect|closed|broken|upload"):
+    with pytest.raises(Exception, match=r"(?i)reset|disconnect|closed|broken|upload"):
         api.create_commit("user/demo", [add(*item) for item in FILES.items()], commit_message="all")
     assert hub.repository("user/demo").resolve("main") is before
     assert any(line.endswith(" 0") for line in hub.log)
