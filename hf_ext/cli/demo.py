@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_ext.cli.output import quiet
+from hf_ext.cli.output import print_json, quiet
 
 
 def demo(
@@ -16,9 +16,11 @@ def demo(
 ) -> None:
     """Decode held-out Python four ways, then convert, fine-tune, save and reload a custom architecture."""
     quiet()
-    from hf_ext.demo import run
+    from hf_ext import demo
 
-    run.run(report=report, json=as_json)
+    figures = demo.run(report=report, json=as_json)
+    if as_json:
+        print_json(figures)
 
 
 COMMANDS: list[tuple[str, Any, dict[str, Any]]] = [("demo", demo, {})]

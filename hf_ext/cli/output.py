@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 #: An error message longer than this says no more by going on.
-LONGEST = 400
+LONGEST = 700
 
 
 class CliError(Exception):

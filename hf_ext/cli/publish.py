@@ -10,38 +10,55 @@ import typer
 from hf_ext.cli.output import print_json, print_report, quiet
 
 Name = Annotated[str, typer.Argument(help="A plugin of the kind model or strategy.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="For an architecture: folder or Hub id of the checkpoint; fresh weights without."),
+]
+Check = Annotated[bool, typer.Option("--check/--no-check", help="Load the result in a process without hf_ext.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def export(
     name: Name,
     directory: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    model: Model = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    check: Check = True,
     as_json: Json = False,
 ) -> None:
     """Write a complete Hub repository for a plugin."""
     quiet()
     from hf_ext import hub
 
-    hub.export(name, directory)
-    files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    folder = hub.export(name, directory, model=model, overwrite=overwrite, check=check)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if as_json:
-        print_json({"plugin": name, "directory": str(directory), "files": files})
+        print_json({"plugin": name, "directory": str(folder), "files": files})
     else:
         print("\n".join(files))
-        print_report(f"wrote {len(files)} files to {directory}")
+        print_report(f"wrote {len(files)} files to {folder}")
 
 
 def push(
-    name: Name,
+    name: Annotated[str, typer.Argument(help="A plugin of the kind model or strategy, or a folder, with a slash.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    model: Model = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees a new repository; as its owner has set.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    check: Check = True,
     as_json: Json = False,
 ) -> None:
     """Export a plugin and upload it to the Hub, with the token of `hf auth login` or HF_TOKEN."""
     quiet()
+    import huggingface_hub
+
     from hf_ext import hub
 
-    url = str(hub.push(name, repository, private=private))
+    huggingface_hub.utils.disable_progress_bars()
+    url = hub.push(name, repository, model=model, private=private, revision=revision, create_pr=create_pr, check=check)
     if as_json:
         print_json({"plugin": name, "repository": repository, "url": url})
     else:

@@ -22,8 +22,9 @@ Cli = Callable[..., Outcome]
 
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Call `hf-ext` in this process with the given arguments."""
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Call `hf-ext` in this process with the given arguments, on a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
     from hf_ext.cli import main
 
     def call(*arguments: object) -> Outcome:

@@ -1,0 +1,80 @@
+"""What README.md and CONTRIBUTING.md show runs, and the plugin table is the present one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from hf_ext.cli import readme
+from hf_ext.testing.local_hub import LocalHub
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    found = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, f"{found.stdout[-3000:]}\n{found.stderr[-3000:]}"
+    return found
+
+
+def test_plugin_table_is_that_of_the_installed_plugins() -> None:
+    assert readme.renewed(README) == README, "run `make readme`"
+
+
+def test_first_screen_shows_all_four_uses() -> None:
+    first_screen = "\n".join(README.splitlines()[:50])
+    for use in ("custom_generate=ContrastiveSearch(", "from_pretrained(", "callbacks=[MEAP(", "hub.push("):
+        assert use in first_screen
+
+
+def test_code_of_the_readme_runs_in_order_without_network(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 5
+    with LocalHub() as hub:
+        checks = [
+            "assert out.shape[1] > inputs['input_ids'].shape[1]",
+            "assert type(swan) is SwanGPTForCausalLM",
+            "assert swan.training",
+            "hub.push('contrastive-search', 'user/contrastive-search', check=False)",
+            "assert strategy.report.tokens > 0",
+        ]
+        program = "\n".join(part for pair in zip(blocks, checks, strict=True) for part in pair)
+        run("-c", program, cwd=tmp_path, **hub.environment())
+        assert "custom_generate/generate.py" in hub.files("user/contrastive-search")
+
+
+def test_worked_example_of_contributing_is_a_working_plugin(tmp_path: Path) -> None:
+    files = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)^```", CONTRIBUTING, re.DOTALL | re.MULTILINE))
+    assert len(files) == 4
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    info = tmp_path / "typical-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: typical\nVersion: 1.0\n", encoding="utf-8")
+    [group] = re.findall(r'`\[project\.entry-points\."([\w.]+)"\]`', CONTRIBUTING)
+    [entry] = re.findall(r'`(\w+) = "([\w:]+)"`', CONTRIBUTING)
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entry[0]} = {entry[1]}\n", encoding="utf-8")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    # One kind of model for each check here; the suite's own breadth is tested with this package's strategies.
+    tests = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, "test_most_typical.py",
+                "-k", "not gpt2 and not qwen3 and not mistral and not gemma3", cwd=tmp_path, PYTHONPATH=path)  # fmt: skip
+    assert re.search(r"^\d{2,} passed", tests.stdout, re.MULTILINE), tests.stdout
+    program = (
+        "from hf_ext import cli, verify\n"
+        "arguments = ['generate', '--strategy', 'most-typical', '--set', 'top_k=3', '--max-new-tokens', '4', 'x']\n"
+        "assert cli.main(arguments) == 0\n"
+        "results = verify.run(['most-typical'])\n"
+        "assert [r.status for r in results] == ['reproduced'], results\n"
+        "[card] = [p for p in verify.write(results, root='.') if p.suffix == '.md']\n"
+        "assert 'reproduced' in card.read_text()\n"
+        "import doctest, most_typical; assert doctest.testmod(most_typical) == (0, 1)\n"
+    )
+    shown = run("-c", program, cwd=tmp_path, PYTHONPATH=path)
+    assert "MostTypical: 4 tokens" in shown.stderr
