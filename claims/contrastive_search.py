@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 import torch
+
 from hf_ext.claims import held_out
 from hf_ext.claims.held_out import DATA, bootstrap, mean
 from hf_ext.generation import ContrastiveSearch
 from hf_ext.generation.isotropy import isotropy
-
 from hf_ext.metrics import coherence, repetition_diversity
 from hf_ext.verify import Claim, Measurement, Threshold
 

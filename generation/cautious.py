@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
+
+from hf_ext import adapter
 from hf_ext.generation.endings import PUNCTUATION, tokenizer_beside, tokens_ending_in
 from hf_ext.generation.ragged import Lanes, RaggedRows
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.strategy import DecodingStrategy, positive
 from hf_ext.generation.trials import Segment
-
-from hf_ext import adapter
 
 Answer = TypeVar("Answer", bound=Hashable)
 

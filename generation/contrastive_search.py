@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from hf_ext.generation.run import DecodingRun
-from hf_ext.generation.strategy import DecodingStrategy, positive, share
 from torch.nn.functional import normalize
 from transformers.utils import ModelOutput
 
 from hf_ext import adapter
+from hf_ext.generation.run import DecodingRun
+from hf_ext.generation.strategy import DecodingStrategy, positive, share
 
 
 def contrastive_choice(

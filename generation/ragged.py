@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hf_ext.generation.run import DecodingRun
 from transformers import LogitsProcessorList
 
 from hf_ext import adapter
+from hf_ext.generation.run import DecodingRun
 
 
 class Lanes:

@@ -16,13 +16,13 @@ import time
 from typing import Any
 
 import torch
-from hf_ext.generation.report import DecodeReport
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from hf_ext import adapter
+from hf_ext.generation.report import DecodeReport
 
 
 class DecodingRun:

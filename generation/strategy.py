@@ -15,14 +15,14 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from hf_ext.generation.checks import check_config, check_context, check_inputs
-from hf_ext.generation.report import DecodeReport
-from hf_ext.generation.run import DecodingRun
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_ext import adapter
+from hf_ext.generation.checks import check_config, check_context, check_inputs
+from hf_ext.generation.report import DecodeReport
+from hf_ext.generation.run import DecodingRun
 
 
 @dataclasses.dataclass

@@ -52,8 +52,8 @@ def show(
             console.print(f"{label:8}{escape(', '.join(value) if isinstance(value, list) else value)}", highlight=False)
     if details["options"]:
         console.print()
-        rows = [(o["name"], o["type"], o["default"], o["help"]) for o in details["options"]]
-        print_table(["option", "type", "default", ""], rows)
+        options = [(o["name"], o["type"], o["default"], o["help"]) for o in details["options"]]
+        print_table(["option", "type", "default", ""], options)
     if plugin.example:
         console.print("\n[bold]Example[/bold]", escape(plugin.example), sep="\n", highlight=False)
     console.print("\n[bold]Measured claims[/bold]")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
 from hf_ext.generation import CautiousDecoding
 from hf_ext.generation.cautious import entropy, majority, trials_for
 from hf_ext.generation.endings import tokens_ending_in
 from hf_ext.testing import tiny_models
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 STOPS = tuple(range(10, 34))
 EOS = 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hf_ext.generation import ContrastiveSearch
-
 from hf_ext.testing.strategy import StrategyConformance
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_ext.generation.contrastive_search import ContrastiveSearch
-from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
-from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 from hf_ext import hub, plugins
+from hf_ext.generation.contrastive_search import ContrastiveSearch
 from hf_ext.hub import ExportError, exporting
 from hf_ext.hub.cards import argument_docs
 from hf_ext.hub.code import check_as_loader_reads
 from hf_ext.hub.exporting import check_loads
+from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
+from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM
 from hf_ext.testing.tiny_models import build
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from hf_ext import hub as hub_package
 from hf_ext.generation.contrastive_search import ContrastiveSearch
 from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
 from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM
-
-from hf_ext import hub as hub_package
 from hf_ext.testing.isolated import run_without
 from hf_ext.testing.local_hub import Fault, LocalHub
 from hf_ext.testing.tiny_models import build, fill

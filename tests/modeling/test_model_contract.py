@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from hf_ext.modeling.swan_gpt import modeling_swan_gpt
 from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
 from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from hf_ext.testing.isolated import run_without
 from hf_ext.testing.model import ModelContract
 

@@ -3,12 +3,12 @@
 import sys
 
 import pytest
-from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
-from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM, SwanGPTModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import hf_ext.registration
 from hf_ext import plugins
+from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
+from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM, SwanGPTModel
 from hf_ext.testing.isolated import run_without
 
 TINY = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
-from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM, log_length_scale
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_ext.modeling.swan_gpt.configuration_swan_gpt import SwanGPTConfig
+from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM, log_length_scale
 from hf_ext.testing.model import ModelContract
 from hf_ext.testing.model_base import assert_close
 
