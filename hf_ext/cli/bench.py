@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
 import pkgutil
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,15 +32,14 @@ def bench(
 
 def benchmarks() -> dict[str, str]:
     """Return the names of the benchmarks, each with the first line of its docstring. Imports none of them."""
-    import ast
-
     import hf_ext.benchmarks
 
     found = {}
     for module in pkgutil.iter_modules(hf_ext.benchmarks.__path__):
-        spec = module.module_finder.find_spec(module.name, None)  # type: ignore[call-arg]
-        source = spec.loader.get_source(module.name) if spec is not None and spec.loader is not None else None
-        tree = ast.parse(source or "")
+        spec = importlib.util.find_spec(f"hf_ext.benchmarks.{module.name}")
+        if spec is None or spec.origin is None:
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
             found[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found

@@ -208,7 +208,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _hints(cls: type) -> dict[str, Any]:
     """Annotations with names resolved; those that exist for type checkers only stay text."""
-    source = cls if dataclasses.is_dataclass(cls) else cls.__init__
+    source: Any = cls if dataclasses.is_dataclass(cls) else inspect.getattr_static(cls, "__init__")
     try:
         return typing.get_type_hints(source)
     except NameError:
