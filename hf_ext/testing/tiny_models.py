@@ -28,7 +28,9 @@ def fill(model: Any, scale: float = 0.25) -> Any:
     """Give every parameter of `model` the values that belong to its name, and return it in eval mode."""
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            # Releases disagree on whether encoder and decoder share their embeddings; so both get the same.
+            key = "embeddings" if name.endswith(("shared.weight", "embed_tokens.weight")) else name
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
             if parameter.ndim > 1:
                 parameter.copy_(noise * scale)
             elif ("norm" in name or "ln_" in name) and name.endswith("weight"):
@@ -71,9 +73,7 @@ def build(kind: str, **changes: Any) -> Any:
         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
         "max_position_embeddings": CONTEXT, "forced_eos_token_id": None, "decoder_start_token_id": BOS, **untied,
     }  # fmt: skip
-    t5 = {
-        "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": BOS, **untied,
-    }  # fmt: skip
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": BOS}
     window = {"sliding_window": WINDOW}
     gemma = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], **window, **untied}
     mamba = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
