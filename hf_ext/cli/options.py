@@ -186,13 +186,24 @@ def _parse_union(text: str, members: Sequence[Any]) -> Any:
 
 
 def _parse_sequence(text: str, kind: Any, members: Sequence[Any]) -> Any:
-    items = [item.strip() for item in text.strip("()[]{}").split(",") if item.strip()]
+    items = _items(text)
     fixed = kind is tuple and members and members[-1] is not Ellipsis
     if fixed and len(items) != len(members):
         raise ValueError
     inner = members if fixed else [members[0] if members else Any] * len(items)
-    values = [_parse(item.strip("'\""), member) for item, member in zip(items, inner, strict=True)]
+    values = [_parse(item, member) for item, member in zip(items, inner, strict=True)]
     return kind(values) if kind in (list, set, frozenset) else tuple(values)
+
+
+def _items(text: str) -> list[str]:
+    """Split a JSON list, or words between commas."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return [item.strip().strip("'\"") for item in text.strip("()[]{}").split(",") if item.strip()]
+    return (
+        [item if isinstance(item, str) else json.dumps(item) for item in found] if isinstance(found, list) else [text]
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

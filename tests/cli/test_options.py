@@ -54,6 +54,8 @@ class Plain:
         (tuple[int, ...], "", ()),
         (tuple[int, str], "1,b", (1, "b")),
         (list[str], "[a, 'b']", ["a", "b"]),
+        (list[int | str], '[",", 7, ";"]', [",", 7, ";"]),
+        (list[str], "7", ["7"]),
         (frozenset[int], "{3,3}", frozenset({3})),
         (Collection[int] | None, "5,6", (5, 6)),
         (Literal["cosine", 2], "cosine", "cosine"),
