@@ -99,7 +99,7 @@ class ObjectiveMixin:
     ) -> Any:
         """Compute the objective's loss while training, the trainer's own otherwise."""
         trainer: Any = super()
-        rest = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        rest: dict[str, Any] = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         if not (model.training and torch.is_grad_enabled()):
             return trainer.compute_loss(model, inputs, **rest)
         if self.objective.has("step"):

@@ -28,10 +28,11 @@ class Installation:
 
     def __init__(self, objective: Objective, model: nn.Module) -> None:
         for hook in model._forward_pre_hooks.values():
-            if isinstance(hook, _BatchHook) and hook.objective() is not None:
+            other = hook.objective() if isinstance(hook, _BatchHook) else None
+            if other is not None:
                 raise ValueError(
-                    f"{objective.name} cannot be combined with {hook.objective().name}: the model already has an "
-                    "objective. Train with one objective at a time, or remove the other one from the callbacks."
+                    f"{objective.name} cannot be combined with {other.name}: the model already has an objective. "
+                    "Train with one objective at a time, or remove the other one from the callbacks."
                 )
         self.model = model
         self.lines = [f"forward pre-hook on {type(model).__name__}: {', '.join(_duties(objective))}"]
@@ -46,7 +47,8 @@ class Installation:
         self._finalizer()
 
     def _replace_loss(self, objective: Objective, model: nn.Module) -> None:
-        owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        module: Any = model
+        owner = module.get_base_model() if hasattr(module, "get_base_model") else module
         self._loss_owner = owner
         self._had_loss = "_loss_function" in vars(owner)
         self._original_loss = owner.loss_function

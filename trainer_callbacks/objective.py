@@ -213,8 +213,8 @@ class Objective(TrainerCallback):
         self._batches += 1
         if self.has("token_loss") and inputs.get("fused_lm_head"):
             raise ValueError(
-                f"{self.name} replaces the loss on logits, but this TRL trainer fuses the head with the loss and builds "
-                f"no logits. Use attach(trainer, {type(self).__name__}(...)), which computes the logits for it."
+                f"{self.name} replaces the loss on logits, but this TRL trainer fuses the head with the loss and "
+                f"builds no logits. Use attach(trainer, {type(self).__name__}(...)), which computes the logits for it."
             )
         if not self.has("corrupt"):
             return inputs

@@ -1,5 +1,7 @@
 """The conformance suite of objectives, run on what this package ships and on one of each kind of hook."""
 
+from typing import ClassVar
+
 from hf_ext.testing.example_objectives import Focal, Twice
 from hf_ext.testing.objective import ObjectiveConformance, ObjectiveInProcess
 from hf_ext.trainer_callbacks import MEAP
@@ -7,33 +9,33 @@ from hf_ext.trainer_callbacks import MEAP
 
 class TestMEAP(ObjectiveConformance):
     objective = MEAP
-    options = {"mask_ratio": 0.3, "mask_token_id": 3}
-    null_options = {"mask_ratio": 0.0, "mask_token_id": 3}
+    options: ClassVar = {"mask_ratio": 0.3, "mask_token_id": 3}
+    null_options: ClassVar = {"mask_ratio": 0.0, "mask_token_id": 3}
 
 
 class TestMEAPPerDocumentAttached(ObjectiveInProcess):
     objective = MEAP
-    options = {"mask_ratio": 0.3, "mask_token_id": 3, "per_document": True, "seed": 5}
-    null_options = {"mask_ratio": 0.0, "mask_token_id": 3, "per_document": True}
+    options: ClassVar = {"mask_ratio": 0.3, "mask_token_id": 3, "per_document": True, "seed": 5}
+    null_options: ClassVar = {"mask_ratio": 0.0, "mask_token_id": 3, "per_document": True}
     attached = True
 
 
 class TestTokenLoss(ObjectiveConformance):
     objective = Focal
-    options = {"gamma": 2.0}
-    null_options = {"gamma": 0.0}
+    options: ClassVar = {"gamma": 2.0}
+    null_options: ClassVar = {"gamma": 0.0}
     attached_sft = True
 
 
 class TestTokenLossAttached(ObjectiveInProcess):
     objective = Focal
-    options = {"gamma": 2.0}
-    null_options = {"gamma": 0.0}
+    options: ClassVar = {"gamma": 2.0}
+    null_options: ClassVar = {"gamma": 0.0}
     attached = True
 
 
 class TestStep(ObjectiveConformance):
     objective = Twice
-    options = {"weight": 0.5}
-    null_options = {"weight": 0.0}
+    options: ClassVar = {"weight": 0.5}
+    null_options: ClassVar = {"weight": 0.0}
     attached = True

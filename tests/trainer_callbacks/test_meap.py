@@ -44,7 +44,9 @@ def test_only_inputs_change_and_labels_mask_and_padding_stay():
             assert (tokens[length:] == PAD).all()
             assert (labels[length:] == -100).all()
             kept = tokens[:length] != MASK
-            matches = [row for row in clean if len(row) == length and (torch.tensor(row) == tokens[:length])[kept].all()]
+            matches = [
+                row for row in clean if len(row) == length and (torch.tensor(row) == tokens[:length])[kept].all()
+            ]
             assert any(clean[row] == labels[:length].tolist() for row in matches), "a label changed"
             seen += int((~kept).sum())
     assert seen > 100, f"only {seen} tokens were masked"
@@ -130,11 +132,11 @@ def test_packed_rows_are_masked_by_position_in_their_document():
     """Padding-free rows: eight documents in one row give the gradient of eight padded rows."""
 
     def packed(rows):
-        flat = {name: sum((row[name] for row in rows), []) for name in ("input_ids",)}
-        labels = sum(([-100, *row["labels"][1:]] for row in rows), [])
-        positions = sum((list(range(len(row["input_ids"]))) for row in rows), [])
+        tokens = [token for row in rows for token in row["input_ids"]]
+        labels = [label for row in rows for label in (-100, *row["labels"][1:])]
+        positions = [position for row in rows for position in range(len(row["input_ids"]))]
         return {
-            "input_ids": torch.tensor([flat["input_ids"]]),
+            "input_ids": torch.tensor([tokens]),
             "labels": torch.tensor([labels]),
             "position_ids": torch.tensor([positions]),
         }

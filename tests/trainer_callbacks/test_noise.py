@@ -18,7 +18,7 @@ def padded(side):
     for document in DOCUMENTS:
         gap = [torch.zeros(longest - len(document), dtype=torch.long)]
         one = [torch.ones_like(document)]
-        rows.append(torch.cat(gap + [document] if side == "left" else [document, *gap]))
+        rows.append(torch.cat([*gap, document] if side == "left" else [document, *gap]))
         masks.append(torch.cat(gap + one if side == "left" else one + gap))
     return {"input_ids": torch.stack(rows), "attention_mask": torch.stack(masks)}
 

@@ -167,7 +167,7 @@ def test_sft_trainer_with_a_token_loss_says_to_attach():
 def test_data_parallel_is_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="does not work under torch.nn.DataParallel"):
+    with pytest.raises(ValueError, match=r"does not work under torch\.nn\.DataParallel"):
         MEAP(mask_token_id=MASK).on_train_begin(args, None, None, model=tiny_model())
 
 
