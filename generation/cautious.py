@@ -173,7 +173,7 @@ class CautiousDecoding(DecodingStrategy):
             if not run.running:
                 break
             outputs = run.forward(run.input_ids)
-        self._account(run, segments=tokens, trials=tokens, discarded=0)
+        run.report.details.update(trials=tokens, segments=tokens, mean_trials=1.0, discarded_tokens=0)
 
     def _try(self, run: DecodingRun) -> None:
         """Keep a segment of trials under way in every row until all rows are done."""
@@ -184,43 +184,50 @@ class CautiousDecoding(DecodingStrategy):
         stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
         stops[[index for index in stop_ids if index < len(stops)]] = True
         segments = [Segment(row, row, device) for row in range(len(logits))]
-        begun = trials = drawn = 0
+        run.report.details.update(trials=0, segments=0, mean_trials=0.0, discarded_tokens=0)
 
-        while True:
-            fresh = [segment for segment in segments if not segment.planned]
-            drawn += self._step(rows, segments, logits, stops)
-            begun, trials = begun + len(fresh), trials + sum(segment.planned for segment in fresh)
-
-            going: list[Segment] = []
-            plan = _Plan()
-            for segment in segments:
-                best = segment.best
-                if segment.lanes:
-                    segment.lanes = plan.add(segment.lanes, segment.tokens[:, -1])
-                    if best is not None:  # it waits for the others, which may be better still
-                        [best.lane] = plan.add([best.lane], best.tokens[-1:], live=False)
-                        best.idle += 1
-                    going.append(segment)
-                    continue
-                rows.accept(segment.row, best.tokens, best.finished, best.scores, best.logits)
-                if not best.finished:
-                    [lane] = plan.add([best.lane], best.tokens[-1:], drop=best.idle)
-                    going.append(Segment(segment.row, lane, device))
-                elif run.cache_outlives_call:
-                    lanes.save(best.lane, best.idle, rows.length(segment.row) - 1)
-            segments = going
-            if not run.running:
-                break
-            if not segments:  # other processes still call forward
-                run.model(torch.zeros(1, 1, dtype=torch.long, device=run.model.device), use_cache=False)
+        plan = self._advance(rows, lanes, segments, logits, stops)
+        while run.running:
+            if not plan.lanes:
+                lanes.wait()
                 continue
             lanes.rearrange(plan.lanes, plan.drops)
-            logits = lanes.forward(torch.cat(plan.tokens)[:, None], torch.tensor(plan.live, device=device))[:, -1]
+            live = torch.tensor(plan.live, device=device)
+            logits = lanes.forward(torch.cat(plan.tokens)[:, None], live)[:, -1]
+            plan = self._advance(rows, lanes, plan.segments, logits, stops)
 
         rows.finish()
         if run.cache_outlives_call:
             lanes.restore()
-        self._account(run, begun, trials, drawn - sum(rows.length(row) for row in range(len(rows.ids))))
+        details = run.report.details
+        details["mean_trials"] = details["trials"] / details["segments"]
+
+    def _advance(
+        self, rows: RaggedRows, lanes: Lanes, segments: list[Segment], logits: torch.Tensor, stops: torch.Tensor
+    ) -> _Plan:
+        """Draw a token for every trial, keep the winners of segments that are over, and plan the next pass."""
+        details = rows.run.report.details
+        self._step(rows, segments, logits, stops)
+        plan = _Plan()
+        for segment in segments:
+            best = segment.best
+            if segment.lanes:
+                segment.lanes = plan.add(segment.lanes, segment.tokens[:, -1])
+                if best is not None:  # it waits for the others, which may be better still
+                    [best.lane] = plan.add([best.lane], best.tokens[-1:], live=False)
+                    best.idle += 1
+                plan.segments.append(segment)
+                continue
+            rows.accept(segment.row, best.tokens, best.finished, best.scores, best.logits)
+            details["segments"] += 1
+            details["trials"] += segment.planned
+            details["discarded_tokens"] += segment.drawn - len(best.tokens)
+            if not best.finished:
+                [lane] = plan.add([best.lane], best.tokens[-1:], drop=best.idle)
+                plan.segments.append(Segment(segment.row, lane, stops.device))
+            elif rows.run.cache_outlives_call:
+                lanes.save(best.lane, best.idle, rows.length(segment.row) - 1)
+        return plan
 
     def _step(self, rows: RaggedRows, segments: list[Segment], logits: torch.Tensor, stops: torch.Tensor) -> int:
         """Draw a token for every trial under way, end those that have to; return the number of tokens."""
@@ -250,7 +257,6 @@ class CautiousDecoding(DecodingStrategy):
             if segment.planned == 1 or segment.tokens.shape[1] == self.max_trial_tokens:
                 ended = torch.ones_like(ended)
             segment.end(ended, finished)
-        return len(places)
 
     def _stop_ids(self, run: DecodingRun) -> set[int]:
         """Find the tokens that end a trial."""
@@ -284,17 +290,12 @@ class CautiousDecoding(DecodingStrategy):
             if given not in (None, getattr(defaults, name, None), fallback.get(name)):
                 raise ValueError(f"{name}={given!r} takes effect with do_sample=True only; pass that as well")
 
-    @staticmethod
-    def _account(run: DecodingRun, segments: int, trials: int, discarded: int) -> None:
-        run.report.details.update(
-            trials=trials, segments=segments, mean_trials=trials / max(segments, 1), discarded_tokens=discarded
-        )
-
 
 class _Plan:
-    """The lanes of the next forward pass."""
+    """The segments under way and the lanes of the next forward pass."""
 
     def __init__(self) -> None:
+        self.segments: list[Segment] = []
         self.lanes: list[int] = []
         self.drops: list[int] = []
         self.live: list[bool] = []

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import PrefixConstrainedLogitsProcessor
 
 from hf_ext import adapter
 from hf_ext.generation.run import DecodingRun
@@ -99,6 +99,12 @@ class Lanes:
         run.report.target_positions += tokens.numel()
         return outputs.logits[:, -n:]
 
+    def wait(self) -> None:
+        """Call forward for nothing but the sake of other processes that still have to."""
+        self.run.model(torch.zeros(1, 1, dtype=torch.long, device=self.run.model.device), use_cache=False)
+        self.run.report.target_calls += 1
+        self.run.report.target_positions += 1
+
     def rearrange(self, lanes: list[int], drop: list[int] | None = None) -> None:
         """Choose the lanes that go on, in order, and forget the last columns of each.
 
@@ -164,9 +170,10 @@ class Lanes:
 class RaggedRows:
     """The caller's side: sequences, scores and stream of a batch whose rows differ in length.
 
-    Logits processors and stopping criteria see one row at a time, in as many versions as it has
-    lanes, and always its true sequence: the prompt as it was given (its padding on the left
-    included) and then the row's own tokens without gaps.
+    Logits processors and stopping criteria always see a row's true sequence: the prompt as it was
+    given (its padding on the left included) and then the row's own tokens without gaps. Those that
+    may tell rows apart by their number, the user's among them, see a batch of copies of one lane,
+    of which the lane's own row counts.
 
     Args:
         run: the decoding call.
@@ -195,9 +202,12 @@ class RaggedRows:
         self.finished = [False] * batch
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
-        self._processors: list[LogitsProcessorList] = [
-            adapter.processors_of_row(run.logits_processor, row, batch) for row in range(batch)
-        ]
+        for processor in run.logits_processor:
+            if adapter.keeps_row_state(processor):
+                raise ValueError(
+                    f"{type(processor).__name__} keeps a state for every row of the batch; {name} cannot work with it, "
+                    "as a row may be continued in several ways at once"
+                )
         self._streamed = 0
 
     def length(self, row: int) -> int:
@@ -216,8 +226,19 @@ class RaggedRows:
             tokens: `(lanes, n)` int64, what each lane adds to the row so far.
             logits: `(lanes, vocabulary)`.
         """
-        logits = logits.to(copy=True, dtype=torch.float32, device=tokens.device)
-        return self._processors[row](self.with_tokens(row, tokens), logits)
+        ids = self.with_tokens(row, tokens)
+        scores = logits.to(copy=True, dtype=torch.float32, device=tokens.device)
+        for processor in self.run.logits_processor:
+            if adapter.ignores_row_number(processor):
+                scores = processor(ids, scores)
+            elif allowed := adapter.prefix_function(processor):
+                of_row = PrefixConstrainedLogitsProcessor(lambda _, i, f=allowed: f(row, i), num_beams=1)
+                scores = of_row(ids, scores)
+            else:
+                scores = torch.cat([
+                    processor(*self._in_its_row(ids[lane], scores[lane]))[row][None] for lane in range(len(ids))
+                ])  # fmt: skip
+        return scores
 
     def done(self, row: int, tokens: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
         """Tell of every lane whether the row would be done with these tokens.
@@ -230,10 +251,19 @@ class RaggedRows:
         Returns:
             `(lanes,)` bool.
         """
-        history = None
-        if self.run.keep_scores and scores is not None:
-            history = (*(s.expand(len(tokens), -1) for s in self.scores[row]), *scores.unbind(1))
-        return self.run.stopping_criteria(self.with_tokens(row, tokens), history).to(tokens.device)
+        ids, batch = self.with_tokens(row, tokens), len(self.ids)
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for criterion in self.run.stopping_criteria:
+            if adapter.ignores_row_number(criterion):
+                done |= criterion(ids, None).to(ids.device)
+                continue
+            for lane in range(len(ids)):
+                history = None
+                if self.run.keep_scores and scores is not None:
+                    history = tuple(s.expand(batch, -1) for s in (*self.scores[row], *scores[lane].split(1)))
+                says = torch.as_tensor(criterion(self._in_its_row(ids[lane])[0], history), device=ids.device)
+                done[lane] |= says.expand(batch)[row].bool()
+        return done
 
     def accept(
         self,
@@ -275,6 +305,10 @@ class RaggedRows:
             self._columns(self.scores, columns) if self.run.keep_scores else [],
             self._columns(self.logits, columns) if self.run.keep_logits else [],
         )
+
+    def _in_its_row(self, *of_lane: torch.Tensor) -> list[torch.Tensor]:
+        """Repeat what belongs to a lane over a whole batch, so that it stands in the lane's row as well."""
+        return [part[None].repeat(len(self.ids), 1) for part in of_lane]
 
     def _padded(self, row: int, columns: int) -> torch.Tensor:
         new = self.ids[row][:, self.run.prompt_length :][:, :columns]

@@ -42,6 +42,7 @@ class Segment:
 
     Attributes:
         planned: trials begun, 0 until `split`.
+        drawn: tokens drawn so far in all trials.
         lanes: for every trial under way the lane that holds its tokens (after `split` first the same for all).
         numbers: for every trial under way its number.
         tokens: `(trials, n)` int64.
@@ -60,7 +61,7 @@ class Segment:
     """
 
     def __init__(self, row: int, lane: int, device: torch.device) -> None:
-        self.row, self.planned, self.lanes, self.numbers = row, 0, [lane], [0]
+        self.row, self.planned, self.drawn, self.lanes, self.numbers = row, 0, 0, [lane], [0]
         self.tokens = torch.empty(1, 0, dtype=torch.long, device=device)
         self.nll = torch.zeros(1, dtype=torch.float64, device=device)
         self.best: EndedTrial | None = None
@@ -89,6 +90,7 @@ class Segment:
             keep_scores: whether to remember the scores.
             keep_logits: whether to remember the logits.
         """
+        self.drawn += len(tokens)
         chosen = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         self.nll = self.nll - chosen.double()
         self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)

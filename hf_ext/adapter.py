@@ -6,9 +6,8 @@ when a transformers release moves one of them.
 
 from __future__ import annotations
 
-import copy
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -300,45 +299,29 @@ def refill_cache(cache: Cache, rows: list[list[tuple[torch.Tensor, torch.Tensor]
             setattr(layer, name, filled)
 
 
-def processors_of_row(processors: Any, row: int, rows: int) -> Any:
-    """Return logits processors for calls that see one row of the batch, in any number of copies.
+_ROW_BLIND = (  # what they do to a row depends on nothing but the row's own ids and scores
+    "EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "ExponentialDecayLengthPenalty", "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization", "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor", "MinPLogitsWarper", "NoBadWordsLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor", "SequenceBiasLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor",
+    "SuppressTokensLogitsProcessor", "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+)  # fmt: skip
+_ROW_STATE = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 
-    Those of transformers that tell rows apart by their index are bound to `row`.
 
-    Args:
-        processors: the `LogitsProcessorList` that `generate` prepared.
-        row: index of the row in the batch.
-        rows: size of the batch.
+def ignores_row_number(part: Any) -> bool:
+    """Tell whether a logits processor or stopping criterion is known to treat all rows of a batch alike."""
+    kind = type(part)
+    return kind.__module__.startswith("transformers.generation.") and kind.__name__ in _ROW_BLIND
 
-    Raises:
-        ValueError: a processor keeps a state of its own for every row of the batch.
-    """
-    from transformers.generation import logits_process as library
 
-    stateful = tuple(
-        getattr(library, name)
-        for name in ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
-    )
-    bound = library.LogitsProcessorList()
-    for processor in processors:
-        if isinstance(processor, stateful):
-            raise ValueError(
-                f"{type(processor).__name__} keeps a state for every row of the batch and cannot follow rows that "
-                "are tried several times"
-            )
-        if type(processor) is library.PrefixConstrainedLogitsProcessor:
-            allowed = processor._prefix_allowed_tokens_fn
-            processor = library.PrefixConstrainedLogitsProcessor(
-                lambda _, ids, allowed=allowed: allowed(row, ids), num_beams=1
-            )
-        elif type(processor) is library.EncoderRepetitionPenaltyLogitsProcessor:
-            prompts = processor.encoder_input_ids
-            processor = copy.copy(processor)
-            processor.encoder_input_ids = prompts[row * len(prompts) // rows][None]
-        elif type(processor) is library.EncoderNoRepeatNGramLogitsProcessor:
-            prompts = processor.batch_size
-            processor = copy.copy(processor)
-            processor.generated_ngrams = [processor.generated_ngrams[row * prompts // rows]]
-            processor.batch_size = 1
-        bound.append(processor)
-    return bound
+def keeps_row_state(part: Any) -> bool:
+    """Tell whether a logits processor is known to keep a state from step to step for every row."""
+    return any(kind.__name__ in _ROW_STATE for kind in type(part).__mro__)
+
+
+def prefix_function(part: Any) -> Callable[[int, torch.Tensor], list[int]] | None:
+    """Return the user's `prefix_allowed_tokens_fn` if that is what a logits processor applies."""
+    return getattr(part, "_prefix_allowed_tokens_fn", None)
