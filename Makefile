@@ -52,11 +52,15 @@ format: $(VENV)/.installed ## let ruff rewrite what it can
 test-oldest: $(OLDEST)/.installed ## the same suite on the oldest supported transformers
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+# Only files with such tests are collected: the others may need packages that are missing there.
 # Installs nothing, so that it runs without network in whatever environment the GPU machine has.
-gpu: ## what needs a GPU, with the Python given as PYTHON=...
-	$(PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU")'
-	$(PYTHON) tests/linked_tree.py $(TREE) > /dev/null
-	PYTHONSAFEPATH=1 PYTHONPATH=$(TREE) $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))'
+GPU_PYTHON ?= $(or $(shell for p in python3 python $(PYTHON); do $$p $(HAS_TORCH) 2> /dev/null && echo $$p && break; done),$(PYTHON))
+gpu: ## what needs a GPU, with the first Python that has torch, or GPU_PYTHON=...
+	$(eval GPU_PYTHON := $(GPU_PYTHON))
+	$(GPU_PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU")'
+	$(GPU_PYTHON) tests/linked_tree.py $(TREE) > /dev/null
+	PYTHONSAFEPATH=1 PYTHONPATH=$(TREE) $(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS) $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
 
 bench: $(VENV)/.installed ## cost of importing, into benchmarks/results/
 	$(VENV)/bin/hf-ext bench import_time
