@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_ext import demo
-from hf_ext.demo.prompts import Prompt
-from hf_ext.demo.prompts import prompts as cut_prompts
+from hf_ext.demo.corpus import sources
 
 #: How these data are called on the cards.
 DATA = "Functions of held-out Python standard library modules"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The first half of a function, and the second.
+
+    Args:
+        name: file and function.
+        text: the prompt.
+        reference: how the file goes on.
+    """
+
+    name: str
+    text: str
+    reference: str
 
 
 @functools.cache
@@ -27,9 +43,49 @@ def load(name: str = "target") -> tuple[PreTrainedModel, Any]:
 
 
 @functools.cache
-def prompts(count: int) -> tuple[Prompt, ...]:
-    """Return the beginnings of `count` functions that the embedded models never saw."""
-    return tuple(cut_prompts(count, load()[1]))
+def prompts(count: int, longest: int = 160) -> tuple[Prompt, ...]:
+    """Return the first halves of `count` functions that the embedded models never saw.
+
+    Args:
+        count: how many, spread evenly over all that qualify: six lines at least, a half of at most
+            `longest` tokens, and a line of code after it.
+        longest: tokens of a prompt at most.
+
+    Raises:
+        ValueError: fewer than `count` qualify.
+    """
+    tokenizer = load()[1]
+    files = (source for source in sources() if source.held_out and "/" not in source.name)
+    found = [
+        prompt
+        for source in files
+        for prompt in halves(source.name, source.text)
+        if len(tokenizer(prompt.text, verbose=False)["input_ids"]) <= longest
+    ]
+    if len(found) < count:
+        raise ValueError(f"{len(found)} held-out functions qualify, {count} were asked for")
+    return tuple(found[i * len(found) // count] for i in range(count))
+
+
+def halves(name: str, source: str) -> Iterator[Prompt]:
+    """Cut every function of a module in the middle.
+
+    Example:
+        >>> [prompt] = halves("m.py", "def f(x):\\n  a = 1\\n  b = 2\\n  c = 3\\n  d = 4\\n  return x\\n")
+        >>> prompt.text, prompt.reference
+        ('def f(x):\\n  a = 1\\n  b = 2', '\\n  c = 3\\n  d = 4\\n  return x\\n')
+    """
+    rows = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef) or node.end_lineno is None:
+            continue
+        start, end = node.lineno - 1, node.end_lineno
+        middle = (start + end) // 2
+        if end - start >= 6 and rows[middle].strip():
+            # One token is a line break together with the indentation after it, so it belongs to what follows.
+            text = "".join(rows[start:middle])
+            prompt = text.rstrip()
+            yield Prompt(f"{name}:{node.name}", prompt, text[len(prompt) :] + "".join(rows[middle:end]))
 
 
 def batch(chosen: Sequence[Prompt]) -> dict[str, torch.Tensor]:
