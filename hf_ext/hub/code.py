@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def requirements(folder: Path, distribution_of: str) -> list[str]:
     imported: set[str] = set()
     for path in folder.glob("*.py"):
         imported |= adapter.remote_code_imports(path)[1]
-    distributions = packages_distributions()
+    distributions = _distributions()
     bounds: dict[str, str] = {}
     for package in dict.fromkeys([distribution_of, "hf_ext"]):
         for text in _requirements_of((distributions.get(package) or [package])[0]):
@@ -100,6 +101,12 @@ def requirements(folder: Path, distribution_of: str) -> list[str]:
             bounds.setdefault(requirement.name.lower(), "".join(lowest[:1]))
     names = {(distributions.get(name) or [name])[0] for name in imported - set(sys.stdlib_module_names)}
     return sorted(f"{name}{bounds.get(name.lower(), '')}" for name in names)
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Return the distributions that ship each top-level package; reading them takes a while."""
+    return packages_distributions()
 
 
 def _requirements_of(distribution: str) -> list[str]:

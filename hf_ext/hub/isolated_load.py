@@ -6,6 +6,7 @@ repository does not load.
 """
 
 import sys
+from collections.abc import Collection
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 
@@ -13,16 +14,16 @@ from pathlib import Path
 class Block(MetaPathFinder):
     """Hides packages from the import system."""
 
-    def __init__(self, packages):
+    def __init__(self, packages: Collection[str]) -> None:
         self.packages = packages
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Refuse the hidden packages, leave all others to the next finder."""
         if name.split(".")[0] in self.packages:
             raise ModuleNotFoundError(f"No module named {name!r} (a repository must not need it)", name=name)
 
 
-def load_strategy(folder):
+def load_strategy(folder: str) -> None:
     """Fetch `generate` as `model.generate(custom_generate=folder)` does."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -31,7 +32,7 @@ def load_strategy(folder):
     assert callable(generate), "custom_generate/generate.py defines no function `generate`"
 
 
-def load_model(folder):
+def load_model(folder: str) -> None:
     """Load config and weights, all of them."""
     import json
 

@@ -63,7 +63,11 @@ def write_strategy(plugin: Plugin, folder: Path, repo_id: str) -> None:
         ExportError: the class is no dataclass with `generate`, or its code cannot be flattened.
     """
     strategy = plugin.load()
-    if not (dataclasses.is_dataclass(strategy) and callable(getattr(strategy, "generate", None))):
+    if not (
+        isinstance(strategy, type)
+        and dataclasses.is_dataclass(strategy)
+        and callable(getattr(strategy, "generate", None))
+    ):
         raise ExportError(
             f"cannot export {plugin.name}: {plugin.target} is no strategy; expected a dataclass that derives from "
             "hf_ext.generation.DecodingStrategy"

@@ -30,7 +30,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from hf_ext.testing.local_hub_api import Answer, HubApi, Request
+from hf_ext.testing.local_hub_api import HubApi
+from hf_ext.testing.local_hub_messages import Answer, Request
 from hf_ext.testing.local_hub_store import NotFound, Refused, Repository
 
 

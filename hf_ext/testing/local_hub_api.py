@@ -8,57 +8,18 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
 import yaml
 
+from hf_ext.testing.local_hub_messages import Answer, Request
 from hf_ext.testing.local_hub_store import Blob, Change, Commit, NotFound, Refused, Repository
 
 #: Files that go to the large file storage whatever their size, as in the Hub's first `.gitattributes`.
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".parquet", ".npz", ".zip", ".gz")
 #: Files above this size go there whatever their name.
 LFS_SIZE = 10 * 2**20
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request; `path` is still quoted, `authorization` is the header."""
-
-    method: str
-    path: str
-    query: Mapping[str, str]
-    body: bytes = b""
-    authorization: str | None = None
-
-    @cached_property
-    def json(self) -> Any:
-        """The body as JSON."""
-        try:
-            return json.loads(self.body)
-        except ValueError as error:
-            raise Refused(400, f"the body is not JSON: {error}") from error
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A response: `payload` is sent as it is when it is bytes, else as JSON."""
-
-    status: int
-    payload: Any
-    headers: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def body(self) -> bytes:
-        """The bytes to send."""
-        return self.payload if isinstance(self.payload, bytes) else json.dumps(self.payload).encode()
-
-    @property
-    def content_type(self) -> str:
-        """The value of `Content-Type`."""
-        return "application/octet-stream" if isinstance(self.payload, bytes) else "application/json"
 
 
 _REPO = r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)"
@@ -213,7 +174,7 @@ class HubApi:
                 folder = root + "/".join(parents[: depth + 1])
                 entries.setdefault(folder, {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0})
             if recursive or not parents:
-                entries[name] = _entry(name, blob)
+                entries[name] = blob.entry(name)
         if root and not entries:
             raise NotFound("EntryNotFound", f"{path} does not exist on {revision}", commit.oid)
         return Answer(200, list(entries.values()))
@@ -221,7 +182,7 @@ class HubApi:
     def _paths_info(self, request: Request, kind: str, id: str, revision: str) -> Answer:
         files = self._repository(request, kind, id).resolve(revision).files
         asked = parse_qs(request.body.decode()).get("paths", [])
-        return Answer(200, [_entry(path, files[path]) for path in asked if path in files])
+        return Answer(200, [files[path].entry(path) for path in asked if path in files])
 
     def _refs(self, request: Request, kind: str, id: str) -> Answer:
         refs = self._repository(request, kind, id).refs
@@ -349,14 +310,6 @@ class HubApi:
         if blob.lfs:
             headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": len(blob.data)}
         return Answer(200, blob.data, headers)
-
-
-def _entry(path: str, blob: Blob) -> dict[str, Any]:
-    """Describe a file as the tree listing does."""
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.git_oid}
-    if blob.lfs:
-        entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)}
-    return entry
 
 
 def _metadata(card: str) -> dict[str, Any]:

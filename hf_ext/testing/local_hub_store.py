@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
+from typing import Any
 
 
 class NotFound(Exception):
@@ -71,6 +72,13 @@ class Blob:
         """The text that stands in git for a large file."""
         lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{self.sha256}", f"size {len(self.data)}")
         return "".join(f"{line}\n" for line in lines).encode()
+
+    def entry(self, path: str) -> dict[str, Any]:
+        """Describe the file as the Hub's listings do."""
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(self.data), "oid": self.git_oid}
+        if self.lfs:
+            entry["lfs"] = {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}
+        return entry
 
 
 @dataclass(frozen=True)
