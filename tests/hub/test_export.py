@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
-from hf_ext import hub, plugins
+from hf_ext import adapter, hub, plugins
 from hf_ext.generation.contrastive_search import ContrastiveSearch
 from hf_ext.hub import ExportError, exporting
 from hf_ext.hub.cards import argument_docs
@@ -55,6 +55,15 @@ def test_an_exported_strategy_is_complete_and_has_the_card_the_hub_expects(tmp_p
         check_as_loader_reads(path)
         assert "hf_ext" not in {name.split(".")[0] for name in dynamic_module_utils.get_imports(path)}
         assert not [line for line in path.read_text().splitlines() if line.startswith(("from hf_ext", "import hf_ext"))]
+
+
+@pytest.mark.parametrize("name", [plugin.name for plugin in plugins.all() if plugin.kind in ("strategy", "model")])
+def test_every_strategy_and_architecture_can_be_exported(tmp_path: Path, name: str):
+    folder = hub.export(name, tmp_path / "out", check=False)
+    for path in folder.rglob("*.py"):
+        assert not adapter.remote_code_imports(path)[1] & {"hf_ext", "accelerate", "peft", "triton"}, path
+        relative, _ = adapter.remote_code_imports(path)
+        assert all((path.parent / f"{module}.py").is_file() for module in relative), path
 
 
 def test_the_exported_strategy_decodes_as_the_installed_one_and_its_own_top_k_wins(tmp_path: Path):
