@@ -1,174 +1,21 @@
-"""Batches whose rows grow by different numbers of tokens at a time.
+"""The caller's side of a batch whose rows grow by different numbers of tokens at a time.
 
-Two halves. `RaggedRows` keeps what the caller sees: every row's true sequence, its scores, the
-stream. `Lanes` keeps what the model sees: a batch of lanes, each the continuation of some row (a
-row may have several, or none when it is done), over a cache that stays padded on the left.
-
-    lane 0   . . A B C D          every lane ends in the same column, so that models that look at
-    lane 1   a b c d e f          distances between columns (windows, ALiBi) see true distances;
-    lane 2   a b c d e g          `attention_mask` is 0 at the dots, positions are explicit
-
-A lane that has nothing to say while others go on is fed a token whose column is masked (`-`):
-
-    lane 0   . . A B C D - -      `rearrange` drops these two columns and moves the lane
-    lane 0   . . . . A B C D      to the right
+`RaggedRows` keeps every row's true sequence, its scores and the stream; `hf_ext.generation.lanes`
+keeps what the model sees.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from transformers import PrefixConstrainedLogitsProcessor
 
 from hf_ext import adapter
+from hf_ext.generation.lookback import LookBack
 from hf_ext.generation.run import DecodingRun
 
 
-class Lanes:
-    """The model's side: sequences that share a forward pass and can be copied, dropped and rewound.
-
-    Args:
-        run: the decoding call, before its prompt has been run.
-
-    Attributes:
-        rows: for every lane the row of the batch that it continues.
-        mask: `(lanes, columns)` int64, 1 where the cache holds a token of the lane.
-
-    Raises:
-        ValueError: the columns of the cache cannot be moved (static, quantized, recurrent, ...).
-    """
-
-    def __init__(self, run: DecodingRun) -> None:
-        self.run = run
-        self.rows = list(range(len(run.input_ids)))
-        self.mask = run.input_ids.new_zeros(len(self.rows), 0)
-        self._next_position: torch.Tensor | None = None
-        self._others: dict[str, Any] = {}
-        self._prompt_columns = 0
-        self._starts: list[int] = []  # of every row the first column that is not padding
-        self._saved: dict[int, Any] = {}
-
-    def prefill(self) -> torch.Tensor:
-        """Run the prompts, one lane each, and return `(batch, vocabulary)` logits of their next tokens."""
-        run = self.run
-        if not run.cache_was_given:
-            adapter.use_full_layers(run.cache)
-        if run.cache is not None:
-            self._check_cache()
-        outputs = run.prefill()
-        self._check_cache()
-        kwargs = dict(run.model_kwargs)
-        batch, columns = len(self.rows), run.cache.get_seq_length()
-        mask = kwargs.pop("attention_mask", None)
-        self.mask = self.mask.new_ones(batch, columns) if mask is None else mask[:, :columns].long()
-        self._prompt_columns, self._starts = columns, self.mask.argmax(1).tolist()
-        positions = kwargs.pop("position_ids", None)  # (batch, columns + 1), or (axes, batch, columns + 1)
-        if positions is not None:
-            self._next_position = positions[..., -1:].expand(*positions.shape[:-2], batch, 1)
-        kwargs.pop("inputs_embeds", None)
-        kwargs.pop("past_key_values", None)
-        self._others = kwargs
-        return outputs.logits[:, -1]
-
-    def forward(self, tokens: torch.Tensor, live: torch.Tensor | None = None) -> torch.Tensor:
-        """Evaluate the next tokens of every lane.
-
-        Args:
-            tokens: `(lanes, n)` int64.
-            live: `(lanes,)` bool; the columns that other lanes get are masked and have to be dropped
-                by `rearrange` before the lane goes on. All lanes by default.
-
-        Returns:
-            `(lanes, n, vocabulary)` logits.
-        """
-        run, (lanes, n) = self.run, tokens.shape
-        live = torch.ones(lanes, dtype=torch.bool, device=tokens.device) if live is None else live
-        self.mask = torch.cat([self.mask, live[:, None].to(self.mask.dtype).expand(lanes, n)], dim=1)
-        kwargs = {name: self._of_lanes(name, value, n) for name, value in self._others.items()}
-        if self._next_position is not None:
-            steps = torch.arange(n, device=tokens.device)
-            # A lane that waits stays where it is, lest it run out of a table of positions.
-            kwargs["position_ids"] = self._next_position + torch.where(live[:, None], steps, -1)
-            self._next_position = self._next_position + live[:, None] * n
-        inputs = adapter.next_inputs(
-            run.model, tokens, {**kwargs, "attention_mask": self.mask, "past_key_values": run.cache}, new_tokens=n
-        )
-        outputs = run.model(**inputs, return_dict=True)
-        run.report.target_calls += 1
-        run.report.target_positions += tokens.numel()
-        return outputs.logits[:, -n:]
-
-    def wait(self) -> None:
-        """Call forward for nothing but the sake of other processes that still have to."""
-        self.run.model(torch.zeros(1, 1, dtype=torch.long, device=self.run.model.device), use_cache=False)
-        self.run.report.target_calls += 1
-        self.run.report.target_positions += 1
-
-    def rearrange(self, lanes: list[int], drop: list[int] | None = None) -> None:
-        """Choose the lanes that go on, in order, and forget the last columns of each.
-
-        Args:
-            lanes: the lane that each new lane is a copy of; lanes not named are gone.
-            drop: columns to forget at the end of each new lane; none by default.
-        """
-        device, same = self.mask.device, lanes == list(range(len(self.rows)))
-        index = torch.tensor(lanes, dtype=torch.long, device=device)
-        shift = torch.tensor(drop or [0] * len(lanes), dtype=torch.long, device=device)
-        mask = self.mask[index]
-        columns = torch.arange(mask.shape[1], device=device)
-        kept = mask * (columns < mask.shape[1] - shift[:, None])
-        if self._next_position is not None:
-            self._next_position = self._next_position[..., index, :] - (mask - kept).sum(1, keepdim=True)
-        self.mask = kept.gather(1, (columns - shift[:, None]) % mask.shape[1])
-        used = self.mask.any(0).nonzero()
-        trim = int(used[0]) if len(used) else 0  # padding that all lanes share
-        self.mask = self.mask[:, trim:]
-        self.rows = [self.rows[lane] for lane in lanes]
-        if not same or bool(shift.any()) or trim:
-            adapter.rearrange_cache(self.run.cache, index, shift, trim)
-
-    def save(self, lane: int, drop: int, new_tokens: int) -> None:
-        """Copy the cache of a lane whose row is done, for `restore`.
-
-        Args:
-            lane: the lane.
-            drop: columns at its end to leave out.
-            new_tokens: how many of the row's new tokens it holds.
-        """
-        row = self.rows[lane]
-        stop = self.mask.shape[1] - drop
-        start = stop - new_tokens - (self._prompt_columns - self._starts[row])
-        self._saved[row] = adapter.copy_columns(self.run.cache, lane, start, stop)
-
-    def restore(self) -> None:
-        """Lay the cache out as the sequences are: column by column the returned ids without the last.
-
-        Zeros stand where a prompt is padded and where a row has ended.
-        """
-        adapter.refill_cache(self.run.cache, [self._saved[row] for row in range(len(self._starts))], self._starts)
-
-    def _check_cache(self) -> None:
-        if problem := adapter.column_editing_problem(self.run.cache):
-            raise ValueError(
-                f"{self.run.report.strategy} lets the rows of a batch grow at different paces and has to move the "
-                f"columns of the cache, but {problem}; leave past_key_values and cache_implementation out, or pass "
-                "a DynamicCache() made without a config"
-            )
-
-    def _of_lanes(self, name: str, value: Any, n: int) -> Any:
-        """Give every lane the forward argument of its row."""
-        if name == "logits_to_keep":
-            return n
-        if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != len(self.run.input_ids):
-            return value
-        value = value[torch.tensor(self.rows, device=value.device)]
-        # A new token is of the type of the last one; transformers has appended that already.
-        return value[:, -1:].expand(-1, n) if name.endswith("token_type_ids") else value
-
-
 class RaggedRows:
-    """The caller's side: sequences, scores and stream of a batch whose rows differ in length.
+    """Sequences, scores and stream of a batch whose rows differ in length.
 
     Logits processors and stopping criteria always see a row's true sequence: the prompt as it was
     given (its padding on the left included) and then the row's own tokens without gaps. Those that
@@ -183,18 +30,13 @@ class RaggedRows:
         finished: whether a row is done.
 
     Raises:
-        ValueError: attentions or hidden states are wanted, no padding token is there for rows that
-            end early, or a logits processor keeps a state for every row of the batch.
+        ValueError: no padding token is there for rows that end early, a logits processor keeps a
+            state for every row of the batch, or hidden states or attentions are wanted of a prompt
+            that is not there as tokens.
     """
 
     def __init__(self, run: DecodingRun) -> None:
         batch = len(run.input_ids)
-        config, name = run.config, run.report.strategy
-        if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-            raise ValueError(
-                f"{name} has no attentions or hidden states a column, as the rows of the batch grow at different "
-                "paces; leave output_attentions and output_hidden_states out and run the model on the result"
-            )
         if batch > 1 and run.pad_token_id is None and not all(hasattr(c, "max_length") for c in run.stopping_criteria):
             raise ValueError("rows may end at different lengths; pass pad_token_id to fill up the shorter ones")
         self.run = run
@@ -205,9 +47,10 @@ class RaggedRows:
         for processor in run.logits_processor:
             if adapter.keeps_row_state(processor):
                 raise ValueError(
-                    f"{type(processor).__name__} keeps a state for every row of the batch; {name} cannot work with it, "
-                    "as a row may be continued in several ways at once"
+                    f"{type(processor).__name__} keeps a state for every row of the batch, which does not go with "
+                    f"{run.report.strategy}, as it continues a row in several ways at once"
                 )
+        self._look_back = LookBack(run)
         self._streamed = 0
 
     def length(self, row: int) -> int:
@@ -299,11 +142,13 @@ class RaggedRows:
         batch = range(len(self.ids))
         columns = max(self.length(row) for row in batch)
         table = torch.cat([self._padded(row, columns) for row in batch])
+        sequences = torch.cat([self.run.input_ids[:, : self.run.prompt_length], table], dim=1)
         self.run.adopt(
-            torch.cat([self.run.input_ids[:, : self.run.prompt_length], table], dim=1),
+            sequences,
             [self.length(row) for row in batch],
             self._columns(self.scores, columns) if self.run.keep_scores else [],
             self._columns(self.logits, columns) if self.run.keep_logits else [],
+            self._look_back.states(sequences) if self._look_back.wanted else [],
         )
 
     def _in_its_row(self, *of_lane: torch.Tensor) -> list[torch.Tensor]:

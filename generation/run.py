@@ -215,6 +215,7 @@ class DecodingRun:
         new_tokens: list[int],
         scores: list[torch.Tensor],
         logits: list[torch.Tensor],
+        forwards: list[ModelOutput],
     ) -> None:
         """Take over what a strategy produced itself because its rows grew by different numbers of tokens.
 
@@ -223,11 +224,12 @@ class DecodingRun:
             new_tokens: new tokens of each row.
             scores: `(batch, vocabulary)` processed scores of each new column, if they are wanted.
             logits: likewise the raw logits.
+            forwards: likewise hidden states and attentions, the prompt's first.
         """
         self.input_ids = sequences
         self.unfinished = torch.zeros_like(self.unfinished)
         self._new_tokens = torch.tensor(new_tokens)
-        self._scores, self._logits = scores, logits
+        self._scores, self._logits, self._forwards = scores, logits, forwards
 
     def result(self) -> torch.Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
         """End the stream, close the report and return what `generate` would."""

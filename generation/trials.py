@@ -2,9 +2,51 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Answer = TypeVar("Answer", bound=Hashable)
+
+
+def entropy(scores: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of `(..., vocabulary)` scores; -inf means impossible.
+
+    Example:
+        >>> entropy(torch.zeros(4)), entropy(torch.tensor([0.0, -torch.inf]))
+        (tensor(1.3863), tensor(0.))
+    """
+    return torch.special.entr(scores.softmax(-1)).sum(-1)
+
+
+def trials_for(nats: float, low: float, high: float, fewest: int, most: int) -> int:
+    """Number of trials at a given entropy: `fewest` up to `low`, `most` from `high` on, rounded down between.
+
+    Args:
+        nats: entropy of the next token.
+        low: entropy up to which the model counts as sure.
+        high: entropy from which it counts as clueless.
+        fewest: trials where it is sure.
+        most: trials where it is clueless.
+
+    Example:
+        >>> [trials_for(nats, 0.01, 1.5, 1, 10) for nats in (0.0, 0.5, 1.0, 1.5, 3.0)]
+        [1, 3, 6, 10, 10]
+    """
+    return fewest + int((most - fewest) * min(max((nats - low) / (high - low), 0.0), 1.0))
+
+
+def majority(answers: Iterable[Answer]) -> Answer:
+    """Return the answer given most often, the earliest of equals: the vote of self-consistency.
+
+    Example:
+        >>> majority(["41", "42", "42"])
+        '42'
+    """
+    return Counter(answers).most_common(1)[0][0]
 
 
 @dataclass
