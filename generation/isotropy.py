@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
@@ -31,14 +33,17 @@ def isotropy(
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
         >>> value = isotropy(model, torch.arange(10)[None])
-        >>> bool(0 < value < 1)
+        >>> bool(0 < value < 2)  # that of random weights is near 1, on either side
         True
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     count = mask.sum(-1)
     if (count < 2).any():
         raise ValueError("isotropy compares pairs of tokens; every row needs at least two")
-    states = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # some models count padding otherwise
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    states = model(**inputs, output_hidden_states=True).hidden_states[-1]
     unit = normalize(states.float(), dim=-1) * mask[..., None].to(states.device)
     # The sum over all pairs is the squared length of the sum; the pairs of a token with itself give `count`.
     pairs = unit.sum(1).square().sum(-1) - count

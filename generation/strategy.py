@@ -40,9 +40,10 @@ class DecodingStrategy(abc.ABC):
         ... class Greedy(DecodingStrategy):
         ...     def decode(self, run):
         ...         logits = run.prefill().logits[:, -1]
+        ...         run.commit(run.process(logits).argmax(-1))
         ...         while run.running:
-        ...             run.commit(run.process(logits).argmax(-1))
         ...             logits = run.forward(run.input_ids).logits[:, -1]
+        ...             run.commit(run.process(logits).argmax(-1))
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
         >>> ids = torch.tensor([[1, 2, 3]])
