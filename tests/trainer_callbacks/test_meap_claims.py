@@ -1,6 +1,9 @@
 """The task on which MEAP's claims are checked is the task that its description says."""
 
+import itertools
+
 import torch
+
 from hf_ext.claims import meap
 
 
@@ -15,7 +18,7 @@ def test_each_row_hides_one_needle_in_a_chain_of_words_and_asks_for_it():
         assert needles.tolist() == [answer]
         assert ask == meap.ASK
         words = hay[hay < meap.ASK] - 1
-        assert all(later in followers[earlier] for earlier, later in zip(words[:-1], words[1:], strict=True))
+        assert all(later in followers[earlier] for earlier, later in itertools.pairwise(words))
 
 
 def test_an_untrained_model_finds_needles_at_the_rate_of_chance_or_less():
