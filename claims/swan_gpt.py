@@ -1,6 +1,6 @@
 """Claim checks of SWAN-GPT (arXiv:2504.08719): length, cache and conversion.
 
-Twins of a quarter million parameters, one SWAN-GPT and one Llama, learn the standard library's source byte by byte at
+Twins of 0.2 million parameters, one SWAN-GPT and one Llama, learn the standard library's source byte by byte at
 a context of 64 bytes. Bytes rather than tokens, because what is measured needs many steps and no large vocabulary.
 """
 
