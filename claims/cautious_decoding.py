@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from hf_ext.claims import held_out
 from hf_ext.claims.held_out import DATA, bootstrap, mean
 from hf_ext.generation import CautiousDecoding
-from hf_ext.generation.cautious import majority
+from hf_ext.generation.trials import majority
 from hf_ext.metrics import coherence, repetition_diversity
 from hf_ext.verify import Claim, Measurement, Threshold
 
@@ -32,7 +33,7 @@ def sample(
     """
     model, tokenizer = held_out.load()
     inputs = held_out.batch(held_out.prompts(count))
-    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "top_k": 0, "temperature": 1.0,
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "top_k": 0, "temperature": 1.0,
                "num_return_sequences": answers}  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,7 +112,7 @@ def lower_surprise() -> Measurement:
     names = {None: "sampling", 3: "3 trials at most", 10: "10 trials at most"}
     details = {f"nats per token, {name}": mean(nats(trials)) for trials, name in names.items()}
     for trials in (None, 10):
-        diversity = mean([float(repetition_diversity(out.tolist())["diversity"]) for out in texts(trials)])  # type: ignore[arg-type]
+        diversity = mean([repetition_diversity(out.tolist())["diversity"] for out in texts(trials)])
         details[f"diversity, {names[trials]}"] = diversity
     return Measurement(
         mean(gain),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ EXACT_PROMPTS, EXACT_TOKENS = 8, 48
 
 
 def continue_prompts(
-    strategy: ContrastiveSearch | None = None, count: int = PROMPTS, tokens: int = TOKENS, **options: object
+    strategy: ContrastiveSearch | None = None, count: int = PROMPTS, tokens: int = TOKENS, **options: Any
 ) -> torch.Tensor:
     """Return `(count, tokens)` new ids; all rows go on to the full length, since repetition grows with it."""
     model, _ = held_out.load()

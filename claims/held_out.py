@@ -88,7 +88,7 @@ def halves(name: str, source: str) -> Iterator[Prompt]:
             yield Prompt(f"{name}:{node.name}", prompt, text[len(prompt) :] + "".join(rows[middle:end]))
 
 
-def batch(chosen: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+def batch(chosen: Sequence[Prompt]) -> dict[str, Any]:
     """Return prompts as inputs of `generate`: left-padded `input_ids` and `attention_mask`."""
     encoded = load()[1]([prompt.text for prompt in chosen], return_tensors="pt", padding=True)
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}

@@ -21,7 +21,7 @@ def coherence(
     continuations: Sequence[str | Sequence[int]],
     tokenizer: Any = None,
     batch_size: int = 8,
-) -> dict[str, float | list[float]]:
+) -> dict[str, Any]:
     """Measure how likely a live model finds continuations, given their prompts (Su & Xu, 2022).
 
     Args:
@@ -93,7 +93,7 @@ def bits_per_byte(
     stride: int | None = None,
     start_token_id: int | None = None,
     batch_size: int = 8,
-) -> dict[str, float | int | list[float]]:
+) -> dict[str, Any]:
     """Measure a live model's compression of texts, which is comparable between tokenizers.
 
     The surprise of all tokens is added up in bits and divided by the number of UTF-8 bytes, so it

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 Tokens = Sequence[Hashable]
 
@@ -112,7 +113,7 @@ def repetition_diversity(
     texts: Sequence[str | Tokens],
     orders: Sequence[int] = (2, 3, 4),
     tokenize: Callable[[str], Tokens] = words,
-) -> dict[str, float | list[float]]:
+) -> dict[str, Any]:
     """Measure how much texts repeat themselves and how varied they are.
 
     Args:
@@ -146,7 +147,7 @@ def repetition_diversity(
     tokens = [tokenize(text) if isinstance(text, str) else list(text) for text in texts]
     if empty := [index for index, item in enumerate(tokens) if not len(item)]:
         raise ValueError(f"the texts at {empty} hold no token; leave them out or count them yourself")
-    measured: dict[str, float | list[float]] = {}
+    measured: dict[str, float] = {}
     for n in orders:
         total = sum(len(ngrams(item, n)) for item in tokens)
         different = sum(len(set(ngrams(item, n))) for item in tokens)
@@ -157,7 +158,7 @@ def repetition_diversity(
         **measured,
         "seq_rep_4": sum(four) / len(four) if four else math.nan,
         **{f"distinct_{n}": distinct_n(tokens, n) for n in (1, 2, 3)},
-        "diversity": math.prod(1 - float(measured[f"rep_{n}"]) for n in orders),  # type: ignore[arg-type]
+        "diversity": math.prod(1 - measured[f"rep_{n}"] for n in orders),
         "zipf": zipf_coefficient(tokens),
         "loop": sum(longest_loop(item) / len(item) for item in tokens) / len(tokens),
         "diversity_per_text": per_text,
