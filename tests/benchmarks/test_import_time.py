@@ -15,7 +15,8 @@ def test_import_costs_less_than_fifty_milliseconds_beyond_transformers() -> None
     found = import_time.measure(runs=3, before=["after `import transformers`"])
     [figures] = found.values()
     assert figures["before_median_ms"] > figures["median_ms"] > 0
-    assert figures["median_ms"] < LIMIT_MS, found
+    # Processor time: the wall clock also runs while other tests have the cores.
+    assert 0 < figures["cpu_median_ms"] < LIMIT_MS, found
 
 
 def test_the_committed_record_holds_hardware_versions_and_the_limit() -> None:
