@@ -48,7 +48,9 @@ def log_length_scale(positions: torch.Tensor, training_length: int, slope: float
     """Factor on the attention logits of the query at each position: `1 + slope * ln(n / training_length)`, at least 1.
 
     `n = position + 1` is the number of tokens the query sees, so that a token gets the same factor whether it is
-    computed alone from a cache or together with the others.
+    computed alone from a cache or together with the others. The paper's
+    factor is logarithmic in the length, too; its constants were not at hand, so the slope is an option, and its default
+    is the one that makes the factor `ln(n) / ln(training_length)`.
 
     Args:
         positions: int tensor `[..., length]`, counted from 0 within each sequence.
