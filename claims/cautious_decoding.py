@@ -33,8 +33,10 @@ def sample(
     """
     model, tokenizer = held_out.load()
     inputs = held_out.batch(held_out.prompts(count))
-    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "top_k": 0, "temperature": 1.0,
-               "num_return_sequences": answers}  # fmt: skip
+    options: dict[str, Any] = {
+        "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": True, "top_k": 0, "temperature": 1.0,
+        "num_return_sequences": answers,
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if max_trials is None:
