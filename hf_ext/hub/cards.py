@@ -32,7 +32,8 @@ def strategy_card(plugin: Plugin, strategy: Any, repo_id: str) -> str:
         compatibility.append("The model must support a KV cache (`use_cache=True`).")
     if not getattr(strategy, "samples", True):
         compatibility.append("Deterministic: `do_sample=True` is refused.")
-    options = ", ".join(f"{name}={default}" for name, _, default, _ in _options(strategy) if default)
+    options = [f"{name}={default}," for name, _, default, _ in _options(strategy) if default not in ("", "None")]
+    lines = "\n    ".join([*options, *(f"{name}=...," for name, _, default, _ in _options(strategy) if not default)])
     example = f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +46,7 @@ outputs = model.generate(
     **inputs,
     custom_generate="{repo_id}",
     trust_remote_code=True,
-    {options + "," if options else "# the options go here"}
+    {lines}
     max_new_tokens=64,
 )
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 from hf_ext.hub import cards
-from hf_ext.hub.code import packages_of, requirements, write_code
+from hf_ext.hub.code import check_as_loader_reads, packages_of, requirements, write_code
 from hf_ext.hub.errors import ExportError
 from hf_ext.plugins import Plugin
 
@@ -20,10 +21,12 @@ GENERATE = '''\
 """
 
 from dataclasses import fields
+from inspect import signature
 
 from .{module} import {strategy}
 
 OPTIONS = {{field.name for field in fields({strategy}) if field.init}}
+BOTH = OPTIONS & signature({strategy}.generate).parameters.keys()
 
 
 def generate(*args, model=None, **kwargs):
@@ -32,7 +35,7 @@ def generate(*args, model=None, **kwargs):
     Args:
         model: the model that generates.
         **kwargs: the options of {strategy} ({options}), and everything else that
-            `generate` takes. A name that both have is the strategy's.
+            `generate` takes. A name that both have is the strategy's{both}.
 
     Returns:
         As `model.generate`.
@@ -46,8 +49,9 @@ def generate(*args, model=None, **kwargs):
     if kwargs.get("custom_generate") is not None:
         # The strategy's own call, in a model that was loaded from a repository with this file in it.
         return type(model).generate(model, **kwargs)
-    options = {{name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}}
-    return {strategy}(**options).generate(model, **kwargs)
+    options = {{name: kwargs[name] for name in OPTIONS & kwargs.keys()}}
+    rest = {{name: value for name, value in kwargs.items() if name in BOTH or name not in OPTIONS}}
+    return {strategy}(**options).generate(model, **rest)
 '''
 
 
@@ -63,11 +67,8 @@ def write_strategy(plugin: Plugin, folder: Path, repo_id: str) -> None:
         ExportError: the class is no dataclass with `generate`, or its code cannot be flattened.
     """
     strategy = plugin.load()
-    if not (
-        isinstance(strategy, type)
-        and dataclasses.is_dataclass(strategy)
-        and callable(getattr(strategy, "generate", None))
-    ):
+    generate = getattr(strategy, "generate", None)
+    if not (isinstance(strategy, type) and dataclasses.is_dataclass(strategy) and callable(generate)):
         raise ExportError(
             f"cannot export {plugin.name}: {plugin.target} is no strategy; expected a dataclass that derives from "
             "hf_ext.generation.DecodingStrategy"
@@ -76,7 +77,9 @@ def write_strategy(plugin: Plugin, folder: Path, repo_id: str) -> None:
     code.mkdir()
     module = plugin.target.partition(":")[0]
     names = write_code(plugin, [module], code, reserved=["generate"])
+    both = [name for name in option_names(strategy) if name in inspect.signature(generate).parameters]
     text = GENERATE.format(
+        both=f", except that {' and '.join(both)} goes to both" if both else "",
         name=plugin.name,
         summary=plugin.summary,
         module=names[module],
@@ -84,6 +87,7 @@ def write_strategy(plugin: Plugin, folder: Path, repo_id: str) -> None:
         options=", ".join(option_names(strategy)),
     )
     (code / "generate.py").write_text(text, encoding="utf-8")
+    check_as_loader_reads(code / "generate.py")
     needed = requirements(code, distribution_of=packages_of(plugin)[0])
     (code / "requirements.txt").write_text("".join(f"{line}\n" for line in needed), encoding="utf-8")
     (folder / "README.md").write_text(cards.strategy_card(plugin, strategy, repo_id), encoding="utf-8")

@@ -48,11 +48,13 @@ STRATEGY = '''
 
         times: int = 2
         top_k: int | None = None
+        tokenizer: object = None
 
-        def generate(self, model, inputs=None, **kwargs):
+        def generate(self, model, inputs=None, *, tokenizer=None, **kwargs):
             from .deep.tools import depth
             ids = inputs if inputs is not None else kwargs["input_ids"]
-            Journal.lines.append((self.times, self.top_k, sorted(k for k, v in kwargs.items() if v is not None)))
+            kept = sorted(name for name, value in kwargs.items() if value is not None)
+            Journal.lines.append((self.times, self.top_k, self.tokenizer, tokenizer, kept))
             if model is not None:
                 model.journal = Journal.lines
             return extend(ids, tools.double(self.times) * settings.FACTOR * lengthen(1) * depth())

@@ -47,7 +47,8 @@ def test_an_exported_strategy_is_complete_and_has_the_card_the_hub_expects(tmp_p
     headings = ["Base model", "Model compatibility", "Additional Arguments", "Output Type changes", "Example usage"]
     assert [line[3:] for line in card.text.splitlines() if line[3:] in headings] == headings
     assert "| `penalty_alpha` | `float` | `0.6` |" in card.text
-    assert 'custom_generate="me/cs"' in card.text
+    assert '    custom_generate="me/cs",' in card.text
+    assert "    penalty_alpha=0.6,\n    top_k=4,\n    max_new_tokens=64,\n" in card.text
     needed = (folder / "custom_generate" / "requirements.txt").read_text().split()
     assert {line.split(">=")[0] for line in needed} == {"torch", "transformers"}
     assert all(">=" in line for line in needed)
@@ -100,9 +101,11 @@ def test_options_are_told_from_the_arguments_of_generate_by_the_fields_of_the_da
     model, ids = build("gpt2"), torch.tensor([[3, 4]])
     remote = {"custom_generate": str(folder), "trust_remote_code": True}
     assert model.generate(ids, **remote, times=1, top_k=9, max_new_tokens=2).tolist() == [[3, 4, 4, 4]]
-    assert model.journal == [(1, 9, ["max_new_tokens"])]
+    assert model.journal == [(1, 9, None, None, ["max_new_tokens"])]
     assert model.generate(ids, **remote, eos_token_id=5).tolist() == [[3, 4, 4, 4, 4, 4]]
-    assert model.journal[1] == (2, None, ["eos_token_id"])
+    assert model.journal[1] == (2, None, None, None, ["eos_token_id"])
+    model.generate(ids, **remote, tokenizer="t")  # an option and an argument that the strategy's generate names
+    assert model.journal[2] == (2, None, "t", "t", [])
 
 
 def test_an_exported_architecture_loads_without_hf_ext_with_the_same_weights(tmp_path: Path, swan):
