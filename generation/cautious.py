@@ -179,6 +179,7 @@ class CautiousDecoding(DecodingStrategy):
                     best.idle += 1
                 plan.segments.append(segment)
                 continue
+            assert best is not None, "a segment whose trials have all ended has a best one"
             rows.accept(segment.row, best.tokens, best.finished, best.scores, best.logits)
             details["segments"] += 1
             details["trials"] += segment.planned
@@ -190,8 +191,8 @@ class CautiousDecoding(DecodingStrategy):
                 lanes.save(best.lane, best.idle, rows.length(segment.row) - 1)
         return plan
 
-    def _step(self, rows: RaggedRows, segments: list[Segment], logits: torch.Tensor, stops: torch.Tensor) -> int:
-        """Draw a token for every trial under way, end those that have to; return the number of tokens."""
+    def _step(self, rows: RaggedRows, segments: list[Segment], logits: torch.Tensor, stops: torch.Tensor) -> None:
+        """Draw a token for every trial under way and end those that have to."""
         raws, scores = [], []
         for segment in segments:
             raw = logits[segment.lanes]

@@ -220,15 +220,15 @@ class _without_stop_strings:
         self.config, self.saved = config, getattr(config, "stop_strings", None)
 
     def __enter__(self) -> None:
-        if self.saved is not None:
+        if self.config is not None and self.saved is not None:
             self.config.stop_strings = None
 
     def __exit__(self, *_: object) -> None:
-        if self.saved is not None:
+        if self.config is not None and self.saved is not None:
             self.config.stop_strings = self.saved
 
 
-def positive(name: str, value: Any, kind: type = int) -> None:
+def positive(name: str, value: Any, kind: type[int] | type[float] = int) -> None:
     """Raise ValueError unless option `name` is a `kind` above zero.
 
     Example:

@@ -138,7 +138,7 @@ class Segment:
         self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
         if keep_scores:
             self.scores = scores[:, None] if self.scores is None else torch.cat([self.scores, scores[:, None]], 1)
-        if keep_logits:
+        if keep_logits and logits is not None:
             self.logits = logits[:, None] if self.logits is None else torch.cat([self.logits, logits[:, None]], 1)
 
     def end(self, ended: torch.Tensor, finished: torch.Tensor) -> None:

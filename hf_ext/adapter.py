@@ -175,10 +175,11 @@ def register_model_lazily(auto_class: Any, config: type, target: str) -> None:
 
     module, _, class_name = target.partition(":")
     mapping = auto_class._model_mapping
-    mapping._config_mapping[config.model_type] = config.__name__
-    mapping._reverse_config_mapping[config.__name__] = config.model_type
-    mapping._model_mapping[config.model_type] = class_name
-    mapping._modules[model_type_to_module_name(config.model_type)] = _LateModule(module, config)
+    model_type: str = config.model_type  # type: ignore[attr-defined]
+    mapping._config_mapping[model_type] = config.__name__
+    mapping._reverse_config_mapping[config.__name__] = model_type
+    mapping._model_mapping[model_type] = class_name
+    mapping._modules[model_type_to_module_name(model_type)] = _LateModule(module, config)
 
 
 class _LateModule(ModuleType):

@@ -1,0 +1,1 @@
+"""Architectures, one a folder, each shaped exactly as its Hub repository."""

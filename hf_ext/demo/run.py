@@ -94,7 +94,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Continue the prompts in one batch with each way of decoding and measure the texts."""
     batch = tokenizer([p.text for p in chosen], return_tensors="pt", padding=True)
-    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    lengths: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     ways: list[tuple[str, DecodingStrategy | None, dict[str, Any]]] = [
         ("greedy", None, {"do_sample": False}),
         ("sampling", None, {"do_sample": True, "temperature": TEMPERATURE}),

@@ -134,7 +134,7 @@ def _finish(process: subprocess.Popen[str]) -> None:
         output, _ = process.communicate(timeout=300)
     finally:
         process.kill()  # does nothing to a process that has ended
-    assert process.returncode == 0, f"{process.args} ended with {process.returncode}:\n{output[-4000:]}"
+    assert process.returncode == 0, f"{process.args!r} ended with {process.returncode}:\n{output[-4000:]}"
 
 
 def _free_port() -> int:
