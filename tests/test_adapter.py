@@ -1,0 +1,401 @@
+"""Canaries: one for every function of `hf_ext.adapter`, to fail when a transformers release moves what it stands on.
+
+And the other half of that bargain: nothing else in the package touches private parts of transformers.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PrefixConstrainedLogitsProcessor,
+    PretrainedConfig,
+    RepetitionPenaltyLogitsProcessor,
+    StaticCache,
+)
+from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from hf_ext import adapter
+from hf_ext.testing import tiny_models
+
+ROOT = Path(__file__).resolve().parents[1]
+IDS, MASK = tiny_models.prompts()
+
+
+@contextlib.contextmanager
+def stands_on(part: str) -> Iterator[None]:
+    """Say in the failure which part of transformers has moved."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(
+            f"transformers {transformers.__version__} has moved {part}, which hf_ext/adapter.py stands on: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def prepared(kind: str = "llama", **settings: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Return the config and the forward arguments that `generate` hands to a callable."""
+    seen: list[Any] = []
+
+    def spy(model: Any, input_ids: torch.Tensor, generation_config: Any = None, **kwargs: Any) -> torch.Tensor:
+        seen.extend([generation_config, {k: v for k, v in kwargs.items() if not k.startswith(("logits_pr", "stop"))}])
+        return input_ids
+
+    settings = {"attention_mask": MASK, "max_new_tokens": 2, **settings}
+    with stands_on("the call of a custom_generate callable"):
+        tiny_models.shared(kind).generate(IDS, custom_generate=spy, **settings)
+    return seen[0], seen[1]
+
+
+def filled(kind: str = "llama", rows: int = 3) -> Any:
+    """Return the cache of a model after a prompt."""
+    with torch.no_grad():
+        return tiny_models.shared(kind)(IDS[:rows], use_cache=True).past_key_values
+
+
+def test_every_function_of_the_adapter_has_a_canary() -> None:
+    functions = [
+        name
+        for name, value in vars(adapter).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == adapter.__name__
+    ]
+    without = sorted(name for name in functions if f"test_{name}" not in globals())
+    assert not without, f"write a canary test_<name> in tests/test_adapter.py for {', '.join(without)}"
+
+
+@torch.no_grad()
+def test_prefill() -> None:
+    model = tiny_models.shared("llama")
+    config, kwargs = prepared()
+    with stands_on("GenerationMixin._prefill"):
+        out = adapter.prefill(model, IDS, config, kwargs)
+        plain = model(IDS, attention_mask=MASK, position_ids=kwargs["position_ids"])
+        assert (out.logits[:, -1] - plain.logits[:, -1]).abs().max() < 1e-5
+        assert kwargs["past_key_values"].get_seq_length() == IDS.shape[1]
+
+
+@torch.no_grad()
+def test_extend_kwargs() -> None:
+    model = tiny_models.shared("llama")
+    config, kwargs = prepared()
+    out = adapter.prefill(model, IDS, config, kwargs)
+    with stands_on("GenerationMixin._update_model_kwargs_for_generation"):
+        longer = adapter.extend_kwargs(model, out, dict(kwargs), new_tokens=2)
+        assert longer["attention_mask"].shape[1] == IDS.shape[1] + 2
+        assert longer["position_ids"][:, -2:].tolist() == [[n, n + 1] for n in MASK.sum(1).tolist()]
+        assert longer["past_key_values"] is out.past_key_values
+
+
+def test_expand_kwargs() -> None:
+    states = torch.arange(6.0).view(3, 2, 1)
+    given = {"attention_mask": MASK, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "use_cache": True}
+    with stands_on("GenerationMixin._expand_inputs_for_generation"):
+        wide = adapter.expand_kwargs(tiny_models.shared("bart"), given, 2)
+        assert torch.equal(wide["attention_mask"], MASK.repeat_interleave(2, 0))
+        assert torch.equal(wide["encoder_outputs"].last_hidden_state, states.repeat_interleave(2, 0))
+        assert given["encoder_outputs"].last_hidden_state is states, "the caller's encoder_outputs were changed"
+
+
+def test_next_inputs() -> None:
+    model, (_, kwargs) = tiny_models.shared("llama"), prepared()
+    with stands_on("next_sequence_length of prepare_inputs_for_generation"):
+        for width in (1, 3):
+            inputs = adapter.next_inputs(model, IDS, kwargs, width)
+            assert torch.equal(inputs["input_ids"], IDS[:, -width:])
+            assert torch.equal(inputs["position_ids"], kwargs["position_ids"][:, -width:])
+            assert inputs["past_key_values"] is kwargs["past_key_values"]
+
+
+def test_any_row_unfinished() -> None:
+    with stands_on("GenerationMixin._has_unfinished_sequences"):
+        for finished in (False, True):
+            going_on = adapter.any_row_unfinished(tiny_models.shared("llama"), finished, False, torch.device("cpu"))
+            assert going_on is not finished
+
+
+def test_needs_synced_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.shared("llama")
+    with stands_on("is_fsdp_managed_module or is_deepspeed_zero3_enabled of transformers.integrations"):
+        assert adapter.needs_synced_gpus(model) is False
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        assert adapter.needs_synced_gpus(model) is False
+        monkeypatch.setattr("transformers.integrations.fsdp.is_fsdp_managed_module", lambda _: True)
+        assert adapter.needs_synced_gpus(model) is True
+
+
+def test_special_token() -> None:
+    with stands_on("GenerationConfig._eos_token_tensor and _pad_token_tensor"):
+        config, _ = prepared(eos_token_id=[5, 6], pad_token_id=0)
+        eos, pad = (adapter.special_token(config, name) for name in ("eos", "pad"))
+        assert eos is not None
+        assert pad is not None
+        assert (eos.tolist(), int(pad)) == ([5, 6], 0)
+        assert adapter.special_token(prepared()[0], "eos") is None
+
+
+def test_mask_length() -> None:
+    with stands_on("GenerationConfig._mask_length"):
+        config, kwargs = prepared(attention_mask=torch.ones_like(IDS))
+        if kwargs.get("attention_mask") is None:  # older releases keep a mask of ones
+            assert adapter.mask_length(config) == IDS.shape[1]
+        assert adapter.mask_length(prepared()[0]) is None
+
+
+def test_is_user_cache() -> None:
+    with stands_on("Cache._is_user_defined, which generate sets"):
+        assert adapter.is_user_cache(prepared()[1]["past_key_values"]) is False
+        config = tiny_models.shared("llama").config
+        assert adapter.is_user_cache(prepared(past_key_values=DynamicCache(config=config))[1]["past_key_values"])
+
+
+def test_cache_layers() -> None:
+    with stands_on("Cache.layers"):
+        one, two = filled(), filled()
+        assert adapter.cache_layers(one) == one.layers
+        assert adapter.cache_layers(EncoderDecoderCache(one, two)) == [*one.layers, *two.layers]
+
+
+def test_row_editing_problem() -> None:
+    class Quantized(QuantizedLayer):
+        def __init__(self) -> None:
+            self.is_initialized = True
+
+        def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+            return tensor
+
+        def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
+            return q_tensor
+
+    config = tiny_models.shared("llama").config
+    static, quantized = StaticCache(config=config, max_cache_len=20), filled()
+    with torch.no_grad():
+        tiny_models.shared("llama")(IDS, past_key_values=static)
+        state = tiny_models.shared("mamba")(IDS, use_cache=True).cache_params
+    quantized.layers[1] = Quantized()
+    with stands_on("the layer classes of transformers.cache_utils"):
+        assert adapter.row_editing_problem(filled()) is None
+        assert adapter.row_editing_problem(filled("mistral")) is None
+        assert "no cache" in str(adapter.row_editing_problem(None))
+        assert "put nothing" in str(adapter.row_editing_problem(DynamicCache(config=config)))
+        assert "fixed batch size" in str(adapter.row_editing_problem(static))
+        assert "quantized" in str(adapter.row_editing_problem(quantized))
+        assert "recurrent" in str(adapter.row_editing_problem(state))
+
+
+@torch.no_grad()
+def test_CacheRewind() -> None:
+    with stands_on("Cache.activate_past_recording and Cache.crop of sliding layers"):
+        model = tiny_models.shared("mistral")
+        cache, expected = filled("mistral"), filled("mistral")
+        assert any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        rewind = adapter.CacheRewind(cache, needed=True)
+        for last in (False, True):
+            model(IDS[:, :1], past_key_values=cache)
+            rewind.step(last=last)
+        rewind.finish()
+        model(IDS[:, :1], past_key_values=expected)
+        assert cache.get_seq_length() == expected.get_seq_length() == IDS.shape[1] + 1
+        for layer, other in zip(cache.layers, expected.layers, strict=True):
+            assert layer.keys.shape == other.keys.shape
+            assert (layer.keys - other.keys).abs().max() < 1e-6
+            assert layer.record_past is False
+
+
+def test_default_generation_values() -> None:
+    with stands_on("GenerationConfig._get_default_generation_params"):
+        values = adapter.default_generation_values()
+        assert {"top_k", "temperature", "num_beams", "do_sample"} <= set(values), sorted(values)
+
+
+def test_register_model_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CanaryConfig(PretrainedConfig):
+        model_type = "canary"
+
+    with stands_on("_LazyAutoMapping behind the Auto classes"):
+        mapping = AutoModelForCausalLM._model_mapping
+        for name in ("_config_mapping", "_reverse_config_mapping", "_model_mapping", "_modules"):
+            monkeypatch.setattr(mapping, name, dict(getattr(mapping, name)))
+        adapter.register_model_lazily(AutoModelForCausalLM, CanaryConfig, "transformers:LlamaForCausalLM")
+        assert mapping[CanaryConfig] is LlamaForCausalLM
+
+
+def test_remote_code_imports(tmp_path: Path) -> None:
+    file = tmp_path / "modeling_x.py"
+    file.write_text("import torch\nfrom .configuration_x import C\ntry:\n    import triton\nexcept ImportError: ...\n")
+    with stands_on("get_imports and get_relative_imports of transformers.dynamic_module_utils"):
+        assert adapter.remote_code_imports(file) == ({"configuration_x"}, {"torch"})
+
+
+def test_checkpoint_activations() -> None:
+    model = tiny_models.build("llama")
+    with stands_on("activation_checkpointing_enable, once gradient_checkpointing_enable"):
+        adapter.checkpoint_activations(model, use_reentrant=False)
+        assert model.is_gradient_checkpointing
+
+
+def test_use_full_layers() -> None:
+    with stands_on("DynamicSlidingWindowLayer of transformers.cache_utils"):
+        cache = DynamicCache(config=tiny_models.shared("mistral").config)
+        adapter.use_full_layers(cache)
+        with torch.no_grad():
+            tiny_models.shared("mistral")(IDS, past_key_values=cache)
+        assert {layer.keys.shape[-2] for layer in cache.layers} == {IDS.shape[1]}, "columns beyond the window are gone"
+
+
+def test_column_editing_problem() -> None:
+    with stands_on("DynamicLayer of transformers.cache_utils"):
+        assert adapter.column_editing_problem(filled()) is None
+        assert "no cache" in str(adapter.column_editing_problem(None))
+        assert "SlidingWindow" in str(adapter.column_editing_problem(filled("mistral")))
+        assert "encoder-decoder" in str(adapter.column_editing_problem(EncoderDecoderCache(filled(), filled())))
+
+
+def test_rearrange_cache() -> None:
+    with stands_on("keys and values of DynamicLayer, (rows, heads, columns, width)"):
+        cache, before = filled(), filled().layers[0].keys
+        adapter.rearrange_cache(cache, torch.tensor([2, 0]), torch.tensor([0, 3]), trim=1)
+        keys = cache.layers[0].keys
+        assert torch.equal(keys[0], before[2][:, 1:])
+        assert torch.equal(keys[1], before[0].roll(3, dims=1)[:, 1:])
+
+
+def test_copy_columns() -> None:
+    with stands_on("keys and values of DynamicLayer, (rows, heads, columns, width)"):
+        cache = filled()
+        copies = adapter.copy_columns(cache, 1, 2, 5)
+        assert len(copies) == len(cache.layers)
+        assert torch.equal(copies[1][1], cache.layers[1].values[1, :, 2:5])
+
+
+def test_refill_cache() -> None:
+    with stands_on("keys and values of DynamicLayer, (rows, heads, columns, width)"):
+        cache, before = filled(), filled()
+        adapter.refill_cache(
+            cache, [adapter.copy_columns(cache, 2, 0, 4), adapter.copy_columns(cache, 0, 0, 6)], [2, 0]
+        )
+        for layer, old in zip(cache.layers, before.layers, strict=True):
+            assert torch.equal(layer.keys[0, :, 2:], old.keys[2, :, :4])
+            assert not layer.keys[0, :, :2].any()
+            assert torch.equal(layer.values[1], old.values[0, :, :6])
+
+
+def test_ignores_row_number() -> None:
+    with stands_on("the classes of transformers.generation.logits_process and stopping_criteria"):
+        from transformers.generation import logits_process, stopping_criteria
+
+        known = {**vars(logits_process), **vars(stopping_criteria)}
+        missing = [name for name in adapter._ROW_BLIND if name not in known]
+        assert not missing, f"{missing} are gone"
+        assert adapter.ignores_row_number(logits_process.TemperatureLogitsWarper(0.5))
+        assert not adapter.ignores_row_number(PrefixConstrainedLogitsProcessor(lambda row, ids: [1], 1))
+
+
+def test_keeps_row_state() -> None:
+    with stands_on("the stateful processors of transformers.generation.logits_process"):
+        from transformers.generation import logits_process
+
+        missing = [name for name in adapter._ROW_STATE if not hasattr(logits_process, name)]
+        assert not missing, f"{missing} are gone"
+        assert not adapter.keeps_row_state(RepetitionPenaltyLogitsProcessor(1.2))
+
+
+def test_prefix_function() -> None:
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        return [row]
+
+    with stands_on("PrefixConstrainedLogitsProcessor._prefix_allowed_tokens_fn"):
+        assert adapter.prefix_function(PrefixConstrainedLogitsProcessor(allowed, 1)) is allowed
+        assert adapter.prefix_function(RepetitionPenaltyLogitsProcessor(1.2)) is None
+
+
+# Nobody else
+
+#: Private by name, but what transformers asks authors of models to set and to read; and one that this package asks for.
+MODEL_AUTHORS = {"_attn_implementation", "_auto_class", "_can_compile_fullgraph", "_init_weights", "_no_split_modules"}
+MODEL_AUTHORS |= {"_extrapolates_length"}
+FOLDERS = ("hf_ext", "generation", "modeling", "trainer_callbacks", "claims", "benchmarks")
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """Names that a module defines itself: functions, classes, variables, attributes of `self` and `cls`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            owner = node.value
+            found |= {node.attr} if isinstance(owner, ast.Name) and owner.id in ("self", "cls") else set()
+    return found
+
+
+def private_uses(tree: ast.AST, own: set[str]) -> list[str]:
+    """Uses of private names that are neither the package's own nor torch's."""
+    torches = {*dir(torch.Tensor), *dir(torch.nn.Module()), *dir(torch)}
+    found = []
+
+    def note(node: ast.expr | ast.stmt, name: str) -> None:
+        authors = name in MODEL_AUTHORS or name.startswith("_supports_")
+        if private(name) and name not in own and name not in torches and not authors:
+            found.append(f"line {node.lineno}: {name}")
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            note(node, node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+            if node.func.id in ("getattr", "setattr", "hasattr") and isinstance(node.args[1], ast.Constant):
+                note(node, str(node.args[1].value))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "transformers":
+            for name in [*(node.module or "").split("."), *(alias.name for alias in node.names)]:
+                if private(name):
+                    found.append(f"line {node.lineno}: {name}")
+    return found
+
+
+def test_no_other_module_touches_private_parts_of_transformers() -> None:
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if path != ROOT / "hf_ext" / "adapter.py"
+    }
+    assert len(trees) > 30
+    own = set().union(*(own_names(tree) for tree in trees.values()))
+    found = {str(path.relative_to(ROOT)): uses for path, tree in trees.items() if (uses := private_uses(tree, own))}
+    assert not found, f"move these into a function of hf_ext/adapter.py, with a canary: {found}"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("model._prefill(ids)", ["_prefill"]),
+        ("getattr(config, '_mask_length', None)", ["_mask_length"]),
+        ("model._sample = None", ["_sample"]),
+        ("from transformers.utils import _LazyModule", ["_LazyModule"]),
+        ("class A:\n    def _own(self): self._own()", []),
+        ("x = module._forward_hooks, tensor._version, config._attn_implementation, model._supports_sdpa", []),
+    ],
+)
+def test_the_scan_tells_private_parts_of_transformers_from_others(source: str, names: list[str]) -> None:
+    tree = ast.parse(source)
+    assert [use.split(": ")[1] for use in private_uses(tree, own_names(tree))] == names
