@@ -1,7 +1,8 @@
 """Claim checks of MEAP (arXiv:2502.07490) on a small needle-in-a-haystack task.
 
 Each row is hay (a Markov chain over 16 words, three followers each) with one needle at a random
-place, and ends in a question whose answer is the needle. Rows for testing come from other seeds.
+place, and ends in a question, whose answer is the needle, asked several times. Rows for testing come
+from other seeds, and only the first answer counts, since the others can be read off it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from hf_ext.verify import Claim, Measurement, Threshold
 PAPER = "MEAP (arXiv:2502.07490)"
 DATA = "Synthetic needle in a haystack"
 SEEDS = (0, 1, 2)
-STEPS, ROWS, LENGTH = 600, 16, 32
+STEPS, ROWS, LENGTH, QUESTIONS = 400, 16, 32, 6
 TEST_ROWS = 512
 MASK_RATIO = 0.15
 #: Vocabulary: the mask, the words of the hay, the question, the needles.
@@ -45,19 +46,20 @@ VOCABULARY = FIRST_NEEDLE + NEEDLES
 
 
 def haystacks(count: int, seed: int) -> Tensor:
-    """Return `(count, LENGTH)` rows: hay with a needle in it, the question, the needle."""
+    """Return `(count, LENGTH)` rows: hay with a needle in it, then question and needle, `QUESTIONS` times."""
     draw = torch.Generator().manual_seed(seed)
     followers = torch.randint(0, HAY, (HAY, 3), generator=torch.Generator().manual_seed(12345))
     words = [torch.randint(0, HAY, (count,), generator=draw)]
-    while len(words) < LENGTH - 3:
+    width = LENGTH - 2 * QUESTIONS
+    while len(words) < width - 1:
         words.append(followers[words[-1], torch.randint(0, 3, (count,), generator=draw)])
     needle = torch.randint(FIRST_NEEDLE, VOCABULARY, (count, 1), generator=draw)
-    place = torch.randint(1, LENGTH - 2, (count, 1), generator=draw)
-    columns = torch.arange(LENGTH - 2).expand(count, -1)
+    place = torch.randint(1, width, (count, 1), generator=draw)
+    columns = torch.arange(width).expand(count, -1)
     hay = torch.stack(words, 1) + 1
-    before_or_after = (columns - (columns > place).long()).clamp(max=LENGTH - 4)
+    before_or_after = (columns - (columns > place).long()).clamp(max=width - 2)
     hidden = hay.gather(1, before_or_after).scatter(1, place, needle)
-    return torch.cat((hidden, torch.full((count, 1), ASK), needle), 1)
+    return torch.cat((hidden, torch.cat((torch.full((count, 1), ASK), needle), 1).repeat(1, QUESTIONS)), 1)
 
 
 def small_model(seed: int) -> PreTrainedModel:
@@ -113,7 +115,8 @@ def figures(model: PreTrainedModel) -> tuple[float, float]:
     """Return the share of needles that the model finds, and its next-token loss in nats, on unseen rows."""
     rows = haystacks(TEST_ROWS, seed=7)
     outputs = model(rows, labels=rows)
-    found = (outputs.logits[:, -2].argmax(-1) == rows[:, -1]).float().mean()
+    question = -2 * QUESTIONS  # the first one
+    found = (outputs.logits[:, question].argmax(-1) == rows[:, question + 1]).float().mean()
     return float(found), float(outputs.loss)
 
 
@@ -137,7 +140,14 @@ def retrieval_gain() -> Measurement:
         spread=(min(gains), max(gains)),
         spread_of=f"lowest and highest of {len(SEEDS)} seeds",
         seeds=SEEDS,
-        details={**details, "steps": STEPS, "rows a step": ROWS, "row length": LENGTH, "chance": 1 / NEEDLES},
+        details={
+            **details,
+            "steps": STEPS,
+            "rows a step": ROWS,
+            "row length": LENGTH,
+            "questions a row": QUESTIONS,
+            "chance": 1 / NEEDLES,
+        },
     )
 
 
@@ -207,7 +217,7 @@ CLAIMS = (
         name="retrieval",
         paper="Key-information retrieval is substantially better than with next-token prediction.",
         measures=f"needles found after {STEPS} steps with {MASK_RATIO:.0%} masked, less those of next-token prediction",
-        threshold=Threshold(">", 0),
+        threshold=Threshold(">=", 0.05),  # one run's share has a standard error of up to 0.022
         check=retrieval_gain,
         unit="share of needles",
         seconds=60,

@@ -13,7 +13,8 @@ def test_each_row_hides_one_needle_in_a_chain_of_words_and_asks_for_it():
     assert torch.equal(rows, meap.haystacks(64, seed=0))
     followers = torch.randint(0, meap.HAY, (meap.HAY, 3), generator=torch.Generator().manual_seed(12345))
     for row in rows:
-        hay, (ask, answer) = row[:-2], row[-2:].tolist()
+        hay, (ask, answer) = row[: -2 * meap.QUESTIONS], row[-2:].tolist()
+        assert row[-2 * meap.QUESTIONS :].tolist() == [ask, answer] * meap.QUESTIONS
         needles = hay[hay >= meap.FIRST_NEEDLE]
         assert needles.tolist() == [answer]
         assert ask == meap.ASK
