@@ -16,7 +16,7 @@ from hf_ext.verify import Claim, Measurement, Threshold
 
 PROMPTS, TOKENS, SEEDS = 12, 40, (0, 1)
 #: For the next line of a file: more prompts, fewer tokens, several answers each.
-LINE_PROMPTS, LINE_TOKENS, ANSWERS = 48, 16, 3
+LINE_PROMPTS, LINE_TOKENS, ANSWERS = 32, 12, 3
 
 
 def sample(

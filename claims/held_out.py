@@ -43,7 +43,7 @@ def load(name: str = "target") -> tuple[PreTrainedModel, Any]:
 
 
 @functools.cache
-def prompts(count: int, longest: int = 160) -> tuple[Prompt, ...]:
+def prompts(count: int, longest: int = 96) -> tuple[Prompt, ...]:
     """Return the first halves of `count` functions that the embedded models never saw.
 
     Args:
