@@ -4,8 +4,8 @@ Each is a plain function, and also a metric that `evaluate.load(hf_ext.metrics.p
 
 Example:
     >>> from hf_ext.metrics import repetition_diversity
-    >>> repetition_diversity([[1, 2, 1, 2]], orders=(2,))["rep_2"]  # two of the three bigrams are the same
-    0.3333333333333333
+    >>> round(repetition_diversity([[1, 2, 1, 2]], orders=(2,))["rep_2"], 4)  # two of the three bigrams are the same
+    0.3333
 """
 
 from __future__ import annotations

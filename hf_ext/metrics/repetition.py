@@ -135,7 +135,7 @@ def repetition_diversity(
 
     Example:
         >>> measured = repetition_diversity(["a b a b a b", "a b c d e f"])
-        >>> measured["rep_2"], round(measured["diversity"], 4)  # 3 of 10 bigrams repeat, 2 of 8, 1 of 6
+        >>> round(measured["rep_2"], 4), round(measured["diversity"], 4)  # 3 of 10 bigrams repeat, 2 of 8, 1 of 6
         (0.3, 0.4375)
     """
     if isinstance(texts, str):

@@ -62,7 +62,7 @@ def log_length_scale(positions: torch.Tensor, training_length: int, slope: float
 
     Example:
         >>> log_length_scale(torch.tensor([0, 9, 99]), training_length=10, slope=0.5).tolist()
-        [1.0, 1.0, 2.1512925624847412]
+        [1.0, 1.0, 2.151292562484741]
     """
     excess = (positions + 1).clamp(min=training_length).float() / training_length
     return 1.0 + slope * excess.log()
