@@ -51,9 +51,12 @@ class Lanes:
         if not run.cache_was_given:
             adapter.use_full_layers(run.cache)
         if run.cache is not None:
-            self._check_cache()
+            self._check_cache(adapter.column_editing_problem(run.cache))
         outputs = run.prefill()
-        self._check_cache()
+        problem = adapter.column_editing_problem(run.cache)
+        if problem is None and run.cache.get_seq_length() == 0:
+            problem = "the model filled no cache"
+        self._check_cache(problem)
         kwargs = dict(run.model_kwargs)
         batch, columns = len(self.rows), run.cache.get_seq_length()
         mask = kwargs.pop("attention_mask", None)
@@ -144,8 +147,8 @@ class Lanes:
         """
         adapter.refill_cache(self.run.cache, [self._saved[row] for row in range(len(self._starts))], self._starts)
 
-    def _check_cache(self) -> None:
-        if problem := adapter.column_editing_problem(self.run.cache):
+    def _check_cache(self, problem: str | None) -> None:
+        if problem is not None:
             raise ValueError(
                 f"{self.run.report.strategy} lets the rows of a batch grow at different paces and has to move the "
                 f"columns of the cache, but {problem}; leave past_key_values and cache_implementation out, or pass "
