@@ -1,1 +1,1 @@
-"""Architectures, one a folder, each shaped exactly as its Hub repository."""
+"""Architectures, one a folder; their files are their Hub repositories."""

@@ -42,8 +42,8 @@ def prompts(count: int, tokenizer: Any, *, tokens: int = 160, lines: int = 6) ->
         ValueError: the held-out modules have fewer suitable functions.
     """
     by_module: list[list[Prompt]] = []
-    for source in sources():
-        if source.held_out and "/" not in source.name:
+    for source in sources(held_out=True):
+        if "/" not in source.name:
             found = [p for p in _functions(source.name, source.text, lines) if _fits(p, tokenizer, tokens)]
             by_module.append(found)
     rounds = max(map(len, by_module), default=0)

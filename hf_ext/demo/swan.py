@@ -41,8 +41,8 @@ class Windows(Dataset):
 
     def __init__(self, tokenizer: Any, length: int, limit: int, *, held_out: bool) -> None:
         ids: list[int] = []
-        for source in sources():
-            if source.held_out == held_out and "/" not in source.name:
+        for source in sources(held_out=held_out):
+            if "/" not in source.name:
                 ids += [tokenizer.eos_token_id, *tokenizer(source.text, verbose=False)["input_ids"]]
                 if len(ids) >= length * limit:
                     break

@@ -55,7 +55,7 @@ def train_tokenizer(out: Path) -> None:
         special_tokens=list(SPECIAL.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator((s.text for s in sources() if not s.held_out), trainer)
+    tokenizer.train_from_iterator((s.text for s in sources(held_out=False)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=CONTEXT,
@@ -69,9 +69,9 @@ def train_tokenizer(out: Path) -> None:
 def encode(tokenizer: PreTrainedTokenizerFast, held_out: bool) -> torch.Tensor:
     """Return the (held-out or training) corpus as one int64 token row, files parted by eos."""
     ids: list[int] = []
-    for source in sources():
+    for source in sources(held_out=held_out):
         # Held-out loss is measured on modules, not on their tests.
-        if source.held_out == held_out and not (held_out and "/" in source.name):
+        if not (held_out and "/" in source.name):
             ids += [tokenizer.eos_token_id, *tokenizer(source.text, verbose=False)["input_ids"]]
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
@@ -186,7 +186,7 @@ def save(model: LlamaForCausalLM, out: Path) -> None:
 def measure(folder: Path, held_out: torch.Tensor) -> dict[str, float]:
     """Return the held-out figures of saved weights, after their rounding."""
     nats = held_out_loss(LlamaForCausalLM.from_pretrained(folder), held_out)
-    text_bytes = sum(len(s.text.encode()) for s in sources() if s.held_out and "/" not in s.name)
+    text_bytes = sum(len(s.text.encode()) for s in sources(held_out=True) if "/" not in s.name)
     return {
         "held_out_loss_nats_per_token": round(nats, 4),
         "held_out_bits_per_byte": round(nats * len(held_out) / math.log(2) / text_bytes, 4),

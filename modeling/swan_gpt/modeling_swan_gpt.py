@@ -183,6 +183,8 @@ class SwanGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Read by hf_ext's decoding strategies: prompts may be longer than `max_position_embeddings`.
+    _extrapolates_length = True
     _can_record_outputs: ClassVar = {"hidden_states": SwanGPTDecoderLayer, "attentions": SwanGPTAttention}
 
     def __init__(self, config: SwanGPTConfig, *args: Any, **kwargs: Any) -> None:
