@@ -55,7 +55,7 @@ def prompts(count: int, longest: int = 96) -> tuple[Prompt, ...]:
         ValueError: fewer than `count` qualify.
     """
     tokenizer = load()[1]
-    files = (source for source in sources() if source.held_out and "/" not in source.name)
+    files = (source for source in sources(held_out=True) if "/" not in source.name)
     found = [
         prompt
         for source in files

@@ -7,16 +7,14 @@ a context of 64 bytes. Bytes rather than tokens, because what is measured needs 
 from __future__ import annotations
 
 import functools
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_ext import demo
-from hf_ext.demo.corpus import HELD_OUT, sources
+from hf_ext.demo.corpus import sources
 from hf_ext.demo.train import optimizers
 from hf_ext.modeling.swan_gpt.configuration_swan_gpt import LOCAL, SwanGPTConfig
 from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM
@@ -43,18 +41,12 @@ SEED_RANGE = f"lowest and highest of {len(SEEDS)} seeds"
 
 @functools.cache
 def corpus(held_out: bool) -> torch.Tensor:
-    """Return the first megabyte of training files, or the held-out modules, as one row of bytes."""
-    if held_out:
-        folder = Path(sysconfig.get_path("stdlib"))
-        text = "\0".join(path.read_text() for name in HELD_OUT if (path := folder / f"{name}.py").exists())
-        return as_bytes(text)
+    """Return the first megabyte of training modules, or of held-out modules, as one row of bytes."""
     parts: list[str] = []
-    size = 0
-    for source in sources():
-        if not source.held_out:
+    for source in sources(held_out=held_out):
+        if "/" not in source.name:
             parts.append(source.text)
-            size += len(source.text)
-        if size > 1_000_000:  # reading all files takes longer than learning from them here
+        if sum(map(len, parts)) > 1_000_000:
             break
     return as_bytes("\0".join(parts))
 
