@@ -131,15 +131,6 @@ def test_a_padded_batch_gives_every_row_what_the_reference_gives_it_alone(kind, 
     assert strategy.report.target_positions - prompt_positions < 0.8 * strategy.report.target_calls * 12
 
 
-def test_lanes_that_wait_do_not_run_out_of_the_models_positions():
-    model = tiny_models.build("gpt2", n_positions=20)
-    seeds = (1, 2)
-    strategy = Keyed(max_trials=4, min_trials=3, stop_tokens=range(10, 90), seeds=seeds)
-    found, prompts, _ = run_keyed(model, strategy, (12, 2), max_new_tokens=8, eos_token_id=None)
-    alone = [reference(model, p, seed, strategy, new=8, eos=None)[0] for p, seed in zip(prompts, seeds, strict=True)]
-    assert found == alone
-
-
 def test_one_trial_is_ordinary_sampling_in_a_batch():
     ids, mask = tiny_models.prompts()
     model = tiny_models.shared("llama")

@@ -100,6 +100,22 @@ def test_lanes_are_copied_dropped_and_put_to_wait():
     drive(model, with_run)
 
 
+def test_a_lane_that_waits_does_not_run_out_of_the_models_positions():
+    model = tiny_models.build("gpt2", n_positions=14)
+
+    def with_run(run):
+        lanes = Lanes(run)
+        lanes.prefill()
+        block = torch.full((2, 3), 20)
+        for _ in range(3):
+            lanes.forward(block, torch.tensor([False, True]))
+        lanes.rearrange([0], [9])
+        logits = lanes.forward(block[:1, :1])[:, -1]
+        assert worst(logits, model, [[*run.input_ids[0].tolist(), 20]]) < 1e-5
+
+    drive(model, with_run, lengths=(13, 2), max_new_tokens=1)
+
+
 class Columns(BaseStreamer):
     def __init__(self):
         self.puts, self.ended = [], 0
