@@ -58,7 +58,7 @@ def check_inputs(
         )
 
 
-def check_context(model: PreTrainedModel, prompt_length: int) -> None:
+def check_context(model: PreTrainedModel, prompt_length: int, encoder: bool = False) -> None:
     """Refuse a prompt that is longer than the model's context.
 
     A model whose class sets `_extrapolates_length = True` takes prompts of any length.
@@ -66,11 +66,13 @@ def check_context(model: PreTrainedModel, prompt_length: int) -> None:
     Args:
         model: the model that generates.
         prompt_length: longest prompt of the batch in real tokens.
+        encoder: whether it is the prompt of an encoder.
 
     Raises:
         ValueError: the prompt does not fit.
     """
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=not encoder, encoder=encoder)
+    context = getattr(config, "max_position_embeddings", None)
     if context is not None and prompt_length > context and not getattr(model, "_extrapolates_length", False):
         raise ValueError(
             f"the prompt has {prompt_length} tokens, but the context of {type(model).__name__} is {context}; "

@@ -181,7 +181,10 @@ class DecodingStrategy(abc.ABC):
         if isinstance(ids, torch.Tensor) and kwargs.get("inputs_embeds") is None and ids.dtype == torch.long:
             cache = kwargs.get("past_key_values")
             cached = 0 if cache is None else cache.get_seq_length()
-            check_inputs(ids, kwargs.get("attention_mask"), cached, encoder=model.config.is_encoder_decoder)
+            mask, encoder = kwargs.get("attention_mask"), model.config.is_encoder_decoder
+            check_inputs(ids, mask, cached, encoder=encoder)
+            if encoder:  # it would run before the strategy is called
+                check_context(model, ids.shape[1] if mask is None else int(mask.sum(dim=1).max()), encoder=True)
         given: GenerationConfig | None = kwargs.get("generation_config")
         if stop_strings is None:
             stop_strings = (given.stop_strings if given is not None else None) or model.generation_config.stop_strings

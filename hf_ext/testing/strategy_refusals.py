@@ -50,6 +50,9 @@ class RefusalChecks(StrategyChecks):
     def test_a_prompt_longer_than_the_context_is_refused(self) -> None:
         ids, mask = tiny_models.prompts((tiny_models.CONTEXT + 1, 4))
         self._both_ways("a prompt too long", str(tiny_models.CONTEXT), ids=ids, mask=mask)
+        if self.strategy().encoder_decoder and "bart" in self.encoder_decoders:
+            words = str(tiny_models.CONTEXT)
+            refusal(lambda: self.run("bart", ids=ids, mask=mask), words, what="an encoder's prompt too long")
         # Padding does not count: this prompt has as many columns, but few real tokens.
         ids, mask = tiny_models.pad_left(*tiny_models.prompts((6, 4)), tiny_models.CONTEXT)
         self.run(ids=ids, mask=mask, max_new_tokens=2)
