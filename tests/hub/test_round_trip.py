@@ -91,9 +91,7 @@ def test_pushed_models_and_strategies_give_the_same_tokens_in_a_process_without_
     home = tmp_path / "home"
     home.mkdir()
     hub.faults = [Fault("/user/broken/commit/", after=100)]
-    pushed = run_without(
-        [], PUSHER, tmp_path / "swan", home=home, environment=hub.environment() | {"PYTHONWARNINGS": "ignore"}
-    )
+    pushed = run_without([], PUSHER, tmp_path / "swan", home=home, environment=hub.environment(), seconds=300)
     ours, refused, broken = map(json.loads, pushed.splitlines())
     assert ours["class"].startswith("hf_ext.")
     assert "401" in refused["error"]
@@ -115,7 +113,7 @@ def test_pushed_models_and_strategies_give_the_same_tokens_in_a_process_without_
 
     printed = run_without(
         ["hf_ext"], LOADER, json.dumps(PROMPT), json.dumps(SETTINGS), tmp_path / "llama",
-        home=home, environment=hub.environment(token=None),
+        home=home, environment=hub.environment(token=None), seconds=300,
     )  # fmt: skip
     blocked, plain, swan, llama, untrusted, corrupted, imported = map(json.loads, printed.splitlines())
     assert "No module named 'hf_ext'" in blocked["hf_ext"]
