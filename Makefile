@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # One test process for each of two cores; torch is then held to one thread in each.
 JOBS ?= 2
 # torch goes first: anything that depends on it would pull the newest build with its CUDA libraries.
-# For a CPU-only build from PyTorch's own index: make TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+# For a CPU-only build, name PyTorch's own index of those: make TORCH_ARGS="--index-url ..."
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 TORCH_ARGS ?=
 

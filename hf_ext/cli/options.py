@@ -8,6 +8,7 @@ import difflib
 import inspect
 import json
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -241,18 +242,20 @@ def _inherited_from_config(cls: type) -> set[str]:
 
 
 def _argument_texts(doc: str) -> dict[str, str]:
-    """Read the `Args:` section of a docstring."""
+    """Read the `Args:` section of a docstring, where several names may share a text.
+
+    Example:
+        >>> _argument_texts("Args:\\n    top_k: how\\n        many.\\n    a,\\n    b: shares.\\n")
+        {'top_k': 'how many.', 'a': 'shares.', 'b': 'shares.'}
+    """
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, re.MULTILINE)
     if section is None:
         return {}
-    lines = section.group(1).splitlines()
-    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-    texts: dict[str, str] = {}
-    name = ""
-    for line in lines:
-        head = re.match(rf"\s{{{indent}}}(\w+)(?: \([^)]*\))?: ?(.*)", line)
-        if head:
-            name, texts[head.group(1)] = head.group(1), head.group(2)
-        elif name and line.strip():
-            texts[name] += " " + line.strip()
-    return texts
+    text = textwrap.dedent(section.group(1))
+    heads = list(re.finditer(r"^((?:\w+,\s+)*\w+)(?: \([^)]*\))?:(?=\s)", text, re.MULTILINE))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    return {
+        name: " ".join(text[head.end() : end].split())
+        for head, end in zip(heads, ends, strict=True)
+        for name in re.split(r",\s+", head.group(1))
+    }

@@ -35,7 +35,7 @@ def path(name: str = "target") -> str:
 
 
 def run(**options: Any) -> dict[str, Any]:
-    """Run the demonstration; see `hf_ext.demo.run.run`, which this imports when called."""
-    from hf_ext.demo.run import run as run_demo
+    """Run the demonstration; see `hf_ext.demo.demonstration.run`, which this imports when called."""
+    from hf_ext.demo.demonstration import run as run_demonstration
 
-    return run_demo(**options)
+    return run_demonstration(**options)

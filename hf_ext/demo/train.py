@@ -38,7 +38,7 @@ PATTERN = r"\s*\n[ \t]*| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 SHAPES = {
     "target": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
                "num_key_value_heads": 3},
-    "draft": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "draft": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3,
               "num_key_value_heads": 1},
 }  # fmt: skip
 

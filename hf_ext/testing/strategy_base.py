@@ -38,9 +38,9 @@ class StrategyChecks:
 
     def cases(self, check: str) -> Iterator[dict[str, str]]:
         """Yield the arguments of the check of this name, as pytest would give them."""
-        argument_names = getattr(type(self), check).__code__.co_varnames
+        code = getattr(type(self), check).__code__
         arguments = {"kind": self.models, "pair": self.encoder_decoders}
-        name = next((name for name in arguments if name in argument_names[:2]), None)
+        name = next((name for name in arguments if name in code.co_varnames[: code.co_argcount]), None)
         yield from ({name: kind} for kind in arguments[name]) if name else ({},)
 
     def run(
