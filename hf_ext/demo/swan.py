@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +13,33 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_ext.demo.corpus import sources
 from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM
+from hf_ext.testing.isolated import run_without
 from hf_ext.trainer_callbacks import MEAP
 
-#: Runs in the second process: refuses hf_ext, loads the checkpoint by its own code and continues the prompt.
+#: Runs in the second process: loads the checkpoint by its own code and continues the prompt.
 RELOAD = """
 import sys, json
-class NoHfExt:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_ext":
-            raise ModuleNotFoundError(f"{name} is blocked in this process")
-sys.meta_path.insert(0, NoHfExt())
 import torch
 from transformers import AutoModelForCausalLM
 folder, ids, new, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 out = model.generate(torch.tensor([ids]), max_new_tokens=new, min_new_tokens=new, do_sample=False)
-assert not any(name.partition(".")[0] == "hf_ext" for name in sys.modules), "hf_ext was imported"
 print("TOKENS" + json.dumps({"tokens": out[0, len(ids):].tolist(), "class": type(model).__module__}))
 """
 
 
 class Windows(Dataset):
-    """Consecutive windows of the training (or held-out) corpus as `input_ids` and `labels`."""
+    """Windows of modules trained on (or held out), in an order of their own, as `input_ids` and `labels`."""
 
     def __init__(self, tokenizer: Any, length: int, limit: int, *, held_out: bool) -> None:
+        files = [source for source in sources(held_out=held_out) if "/" not in source.name]
+        random.Random(0).shuffle(files)  # the first letters of the alphabet are no fair sample
         ids: list[int] = []
-        for source in sources(held_out=held_out):
-            if "/" not in source.name:
-                ids += [tokenizer.eos_token_id, *tokenizer(source.text, verbose=False)["input_ids"]]
-                if len(ids) >= length * limit:
-                    break
+        for source in files:
+            ids += [tokenizer.eos_token_id, *tokenizer(source.text, verbose=False)["input_ids"]]
+            if len(ids) >= length * limit:
+                break
         count = min(limit, len(ids) // length)
         self.rows = torch.tensor(ids[: count * length]).view(count, length)
 
@@ -85,7 +79,7 @@ def fine_tune(
 ) -> list[dict[str, float]]:
     """Train `model` with MEAP through a stock Trainer and return what it logged."""
     args = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-3,
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=3e-4,
         warmup_steps=max(1, steps // 10), lr_scheduler_type="cosine", logging_steps=max(1, steps // 10),
         save_strategy="no", report_to=[], disable_tqdm=True, seed=seed, use_cpu=True,
     )  # fmt: skip
@@ -106,12 +100,9 @@ def reload_elsewhere(folder: Path, prompt: list[int], new_tokens: int) -> dict[s
     Raises:
         RuntimeError: the process failed; the message ends with what it printed.
     """
+    home = folder.parent / "elsewhere"
+    home.mkdir()
     argument = json.dumps([str(folder), prompt, new_tokens, torch.get_num_threads()])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder.parent / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", RELOAD, argument], capture_output=True, text=True, env=environment, cwd=folder.parent
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"the second process failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(lines[-1].removeprefix("TOKENS"))
+    printed = run_without(["hf_ext"], RELOAD, argument, home=home, seconds=600)
+    line = next(line for line in printed.splitlines() if line.startswith("TOKENS"))
+    return json.loads(line.removeprefix("TOKENS"))
