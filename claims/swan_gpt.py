@@ -220,7 +220,7 @@ CLAIMS = (
         threshold=Threshold("<=", 0.05),
         check=stays_flat,
         unit="nats per byte",
-        seconds=100,
+        seconds=80,
         data=DATA,
     ),
     Claim(
@@ -230,7 +230,7 @@ CLAIMS = (
         threshold=Threshold(">=", 0.5),
         check=twin_diverges,
         unit="nats per byte",
-        seconds=100,
+        seconds=80,
         data=DATA,
     ),
     Claim(
@@ -240,7 +240,7 @@ CLAIMS = (
         threshold=None,
         check=scale_helps,
         unit="nats per byte",
-        seconds=100,
+        seconds=80,
         data=DATA,
     ),
     Claim(

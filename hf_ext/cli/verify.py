@@ -31,7 +31,7 @@ def verify(
     if write:
         for path in verify.write(results):
             print_report(f"wrote {path}")
-    if any(result.status in ("not reproduced", "error") for result in results):
+    if any(result.status not in ("reproduced", "measured") for result in results):
         raise typer.Exit(1)
 
 

@@ -19,7 +19,7 @@ import hf_ext
 from hf_ext import plugins
 from hf_ext.plugins import Plugin
 from hf_ext.verify import render, stamp
-from hf_ext.verify.claim import Result
+from hf_ext.verify.claim import Measurement, Result
 from hf_ext.verify.runner import claims_of
 
 #: Headings every card has, in this order.
@@ -186,7 +186,7 @@ def _record_problems(record: Mapping[str, Any], claims: Sequence[Any]) -> list[s
             found.append(f"the claim {claim.name!r} has changed since it was measured")
         if item["measurement"] is None:
             found.append(f"the check of {claim.name!r} ended in an error: {item['error']}")
-        elif claim.threshold is not None and item["passed"] != claim.threshold.holds(item["measurement"]["value"]):
+        elif item["passed"] != claim.judge(Measurement.from_dict(item["measurement"])):
             found.append(f"the record's verdict on {claim.name!r} contradicts its figure")
     return found + [f"the record holds the claim {name!r}, which the plugin does not make" for name in recorded]
 

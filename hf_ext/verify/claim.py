@@ -99,6 +99,14 @@ class Measurement:
             "details": dict(self.details),
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Measurement:
+        """Build the measurement that `to_dict` wrote."""
+        spread = values["spread"]
+        return cls(
+            **{**values, "spread": tuple(spread) if spread is not None else None, "seeds": tuple(values["seeds"])}
+        )
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -129,6 +137,18 @@ class Claim:
     seconds: float = 1.0
     data: str = "synthetic"
 
+    def judge(self, measurement: Measurement) -> bool | None:
+        """Tell whether the threshold holds for the figure and for both ends of its spread; None without threshold.
+
+        Example:
+            >>> better = Claim("better", "It is better.", "gain", Threshold(">", 0), lambda: Measurement(0.1))
+            >>> better.judge(Measurement(0.1, spread=(-0.1, 0.3), spread_of="range of 3 seeds"))
+            False
+        """
+        if self.threshold is None:
+            return None
+        return all(map(self.threshold.holds, (measurement.value, *(measurement.spread or ()))))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -138,7 +158,8 @@ class Result:
         plugin: name of the plugin that makes the claim.
         claim: the claim.
         measurement: what was measured, or `None` when the check raised.
-        passed: whether the threshold holds; `None` for a figure without threshold and for an error.
+        passed: whether the threshold holds over the whole spread; `None` for a figure without threshold and for
+            an error.
         seconds: how long the check took.
         error: type and text of the exception that ended the check, or empty.
     """
@@ -152,9 +173,14 @@ class Result:
 
     @property
     def status(self) -> str:
-        """One of `"reproduced"`, `"not reproduced"`, `"measured"` (no threshold) and `"error"`."""
+        """One of `"reproduced"`, `"not reproduced"`, `"inconclusive"`, `"measured"` (no threshold) and `"error"`.
+
+        Inconclusive: the threshold holds for the figure, but not all over its spread.
+        """
         if self.measurement is None:
             return "error"
+        if self.passed is False and self.claim.threshold and self.claim.threshold.holds(self.measurement.value):
+            return "inconclusive"
         return {True: "reproduced", False: "not reproduced", None: "measured"}[self.passed]
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def block(record: Mapping[str, Any]) -> str:
         record: what `hf_ext.verify.write` keeps as `results/<name>.json`.
     """
     rows = [
-        "| Claim | Measured | Counts as reproduced when | Figure | Verdict |",
+        "| Claim | Measured | Reproduced when, over the whole spread | Figure | Verdict |",
         "|---|---|---|---|---|",
         *(_row(item) for item in record["claims"]),
     ]
@@ -110,7 +110,7 @@ def _row(item: Mapping[str, Any]) -> str:
             low, high = item["measurement"]["spread"]
             shown += f" [{figure(low)}, {figure(high)}]"
     condition = f"`{item['threshold']}`" if item["threshold"] else "(reported only)"
-    verdict = f"**{item['status']}**" if item["status"] in ("not reproduced", "error") else item["status"]
+    verdict = item["status"] if item["status"] in ("reproduced", "measured") else f"**{item['status']}**"
     cells = (f"`{item['claim']}`: {item['paper']}", item["measures"], condition, shown, verdict)
     return "| " + " | ".join(_text(cell) for cell in cells) + " |"
 

@@ -79,8 +79,7 @@ def run_one(plugin: str, claim: Claim) -> Result:
     except Exception as error:  # reported as the result of this claim; the other claims still run
         seconds = time.perf_counter() - start
         return Result(plugin, claim, None, None, seconds, error=f"{type(error).__name__}: {error}")
-    passed = None if claim.threshold is None else claim.threshold.holds(measurement.value)
-    return Result(plugin, claim, measurement, passed, time.perf_counter() - start)
+    return Result(plugin, claim, measurement, claim.judge(measurement), time.perf_counter() - start)
 
 
 class _Bar:

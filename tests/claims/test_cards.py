@@ -17,7 +17,7 @@ def test_every_plugin_makes_claims_and_says_where_they_come_from(name):
     for claim in claims_of(name):
         assert claim.paper, claim.name
         assert claim.measures, claim.name
-        assert claim.seconds <= 60, f"{claim.name} takes {claim.seconds} s; a check must fit into a minute"
+        assert claim.seconds <= 90, f"{claim.name} takes {claim.seconds} s; a check must fit into a minute and a half"
 
 
 @pytest.mark.parametrize("name", OURS)

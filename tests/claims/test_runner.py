@@ -54,6 +54,20 @@ def test_every_check_is_judged_by_its_own_threshold_in_the_order_of_the_file(toy
     ]
 
 
+def test_threshold_that_holds_for_the_figure_but_not_over_its_spread_is_inconclusive(toy):
+    spread = {"spread": (-0.1, 0.4), "spread_of": "range of 3 seeds"}
+    toy.CLAIMS = (
+        Claim("maybe", "p", "m", Threshold(">", 0), lambda: Measurement(0.2, **spread)),
+        Claim("no", "p", "m", Threshold(">", 0.3), lambda: Measurement(0.2, **spread)),
+        Claim("yes", "p", "m", Threshold(">", -0.2), lambda: Measurement(0.2, **spread)),
+    )
+    assert [(r.status, r.passed) for r in run(["toy"])] == [
+        ("inconclusive", False),
+        ("not reproduced", False),
+        ("reproduced", True),
+    ]
+
+
 def test_check_that_raises_is_reported_with_its_text_and_the_others_still_run(toy):
     toy.CLAIMS = (toy.broken, toy.exact)
     first, second = run(["toy"])
