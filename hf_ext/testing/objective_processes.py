@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
-from hf_ext.testing.objective_training import EOS, PAD, VOCABULARY, collate, examples, logged, train, weights
+from hf_ext.testing.objective_training import BOS, EOS, PAD, VOCABULARY, collate, examples, logged, train, weights
 
 #: Plain gradient descent, because Adam divides rounding errors of tiny gradients by the gradients.
 DESCENT: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.5}
@@ -45,7 +45,9 @@ def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
     raw = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w4"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=f"w{PAD}", eos_token=f"w{EOS}", **special)
+    # All special tokens of the tiny model: TRL makes the model's config follow the tokenizer.
+    known = {"pad_token": f"w{PAD}", "bos_token": f"w{BOS}", "eos_token": f"w{EOS}"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **{**known, **special})
 
 
 def train_sft(model: PreTrainedModel, objective: Any, parts: int, *, attached: bool) -> Trainer:
