@@ -6,7 +6,7 @@ PLUGINS = (
     Plugin(
         name="meap",
         kind="objective",
-        summary="Next-token prediction on inputs of which a share is masked, which teaches a model to retrieve.",
+        summary="Next-token prediction on inputs of which a share is masked, meant to teach a model to retrieve.",
         target="hf_ext.trainer_callbacks.meap:MEAP",
         paper="Mask-Enhanced Autoregressive Prediction: Pay Less Attention to Learn More (arXiv:2502.07490)",
         covers=("meap",),

@@ -80,10 +80,9 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 def _plot_decoding(path: Path, rows: list[dict[str, Any]]) -> None:
     figure, axes = _figure("Diversity against perplexity", "perplexity under the target", "diversity")
-    for row in rows:
-        axes.scatter(row["perplexity"], row["diversity"])
-        axes.annotate(row["name"], (row["perplexity"], row["diversity"]), xytext=(4, 4), textcoords="offset points")
-    axes.margins(0.15)
+    for row, marker in zip(rows, "osD^", strict=True):  # a marker each, as greedy and cautious often lie close
+        axes.scatter(row["perplexity"], row["diversity"], marker=marker, alpha=0.8, label=row["name"])
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 
