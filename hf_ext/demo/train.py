@@ -1,13 +1,13 @@
 """Train the embedded tokenizer, target and draft on the standard library's source.
 
     python -m hf_ext.demo.train tokenizer --out DIR
-    python -m hf_ext.demo.train target --tokenizer DIR --out DIR --steps 5000
-    python -m hf_ext.demo.train draft  --tokenizer DIR --out DIR --steps 3000
+    python -m hf_ext.demo.train target --tokenizer DIR --out DIR --steps 2001 --decay-start 1601
+    python -m hf_ext.demo.train draft  --tokenizer DIR --out DIR --steps 1223 --decay-start 979 --lr 5e-3
 
 Hidden matrices learn with Muon, embeddings and norms with AdamW; the learning rate is
-constant and then falls linearly to zero over the last fifth of the steps. `kill -USR1` starts
-that fall at once, for a machine that turns out slower than planned; the recipe written beside
-the weights records the steps that were really made.
+constant and then falls linearly to zero, over the last fifth of the steps by default. `kill -USR1`
+starts that fall at once, for a machine that turns out slower than planned; the recipe written
+beside the weights records the steps that were really made, and the commands above repeat those.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer
 
 
 class Schedule:
-    """Share of the peak learning rate: warm-up, constant, linear fall over the last fifth."""
+    """Share of the peak learning rate: warm-up, constant, linear fall."""
 
-    def __init__(self, steps: int, warmup: int = 100, decay: float = 0.2) -> None:
+    def __init__(self, steps: int, decay_start: int | None = None, warmup: int = 100) -> None:
         self.steps, self.warmup = steps, warmup
-        self.decay_start = int(steps * (1 - decay))
+        self.decay_start = int(steps * 0.8) if decay_start is None else decay_start
         self._requested = False
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "_requested", True))
 
@@ -134,7 +134,7 @@ def train(args: argparse.Namespace) -> None:
     )
     model = LlamaForCausalLM(config)
     compiled = torch.compile(model) if args.compile else model
-    schedule, opts = Schedule(args.steps), optimizers(model, args.lr)
+    schedule, opts = Schedule(args.steps, args.decay_start), optimizers(model, args.lr)
     generator = torch.Generator().manual_seed(args.seed)
     step, start, log = 0, time.time(), []
     while step < schedule.steps:
@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--decay-start", type=int, help="step at which the learning rate begins to fall")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
