@@ -58,7 +58,9 @@ HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("tor
 GPU_PYTHON ?= $(or $(shell for p in python3 python $(PYTHON); do $$p $(HAS_TORCH) 2> /dev/null && echo $$p && break; done),$(PYTHON))
 gpu: ## what needs a GPU, with the first Python that has torch, or GPU_PYTHON=...
 	$(eval GPU_PYTHON := $(GPU_PYTHON))
-	$(GPU_PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU")'
+	@$(GPU_PYTHON) $(HAS_TORCH) || \
+		{ echo "make gpu: found no Python with torch and transformers; name one: make gpu GPU_PYTHON=..." >&2; exit 1; }
+	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU")'
 	$(GPU_PYTHON) tests/linked_tree.py $(TREE) > /dev/null
 	PYTHONSAFEPATH=1 PYTHONPATH=$(TREE) $(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS) $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
 
