@@ -76,3 +76,9 @@ def test_every_metric_loads_and_describes_itself(name):
 def test_path_of_an_unknown_metric_names_the_known_ones():
     with pytest.raises(ValueError, match="repetition_diversity, coherence, bits_per_byte"):
         metrics.path("bleu")
+
+
+@pytest.mark.parametrize("name", ["repetition_diversity", "coherence", "bits_per_byte"])
+def test_no_texts_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"predictions is empty; {name} of no texts"):
+        evaluate.load(metrics.path(name)).compute(predictions=[])

@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 
+from hf_ext.metrics import base
 from hf_ext.metrics.likelihood import bits_per_byte
 
 _CITATION = """\
@@ -13,7 +14,7 @@ _CITATION = """\
 }"""
 
 
-class BitsPerByte(evaluate.Metric):
+class BitsPerByte(base.TextMetric):
     """Bits a live model needs per UTF-8 byte of text; comparable between tokenizers.
 
     `predictions` are the texts; `compute` also takes `model`, `tokenizer`, `context`, `stride`,

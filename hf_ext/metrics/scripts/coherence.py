@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 
+from hf_ext.metrics import base
 from hf_ext.metrics.likelihood import coherence
 
 _CITATION = """\
@@ -13,7 +14,7 @@ _CITATION = """\
 }"""
 
 
-class Coherence(evaluate.Metric):
+class Coherence(base.TextMetric):
     """Mean log-likelihood per token of continuations given their prompts, under a live model.
 
     `predictions` are the continuations, `references` the prompts, as strings or token ids;

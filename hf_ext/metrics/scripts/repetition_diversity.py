@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 
+from hf_ext.metrics import base
 from hf_ext.metrics.repetition import repetition_diversity, words
 
 _CITATION = """\
@@ -13,7 +14,7 @@ _CITATION = """\
 }"""
 
 
-class RepetitionDiversity(evaluate.Metric):
+class RepetitionDiversity(base.TextMetric):
     """Repetition (rep-n, seq-rep-4) and diversity (distinct-n, Zipf exponent) of texts."""
 
     def _info(self) -> evaluate.MetricInfo:
