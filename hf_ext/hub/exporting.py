@@ -132,7 +132,9 @@ def _refuse_to_lose(target: Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ExportError(f"cannot write {target}: the folder is not empty; name a new one, or pass overwrite=True (--overwrite)")
+        raise ExportError(
+            f"cannot write {target}: the folder is not empty; name a new one, or pass overwrite=True (--overwrite)"
+        )
     ours = (target / "custom_generate" / "generate.py").is_file() or (target / "config.json").is_file()
     if not ours or (target / ".git").exists():
         what = "is a git checkout" if (target / ".git").exists() else "holds something other than an earlier export"
