@@ -326,3 +326,140 @@ def keeps_row_state(part: Any) -> bool:
 def prefix_function(part: Any) -> Callable[[int, torch.Tensor], list[int]] | None:
     """Return the user's `prefix_allowed_tokens_fn` if that is what a logits processor applies."""
     return getattr(part, "_prefix_allowed_tokens_fn", None)
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """Name of the attention that a model runs (`config._attn_implementation` of its text part)."""
+    return model.config.get_text_config(decoder=True)._attn_implementation
+
+
+def cache_layer_base() -> type:
+    """Return the class that layers of a cache derive from (`transformers.cache_utils.CacheLayerMixin`)."""
+    from transformers import cache_utils
+
+    return cache_utils.CacheLayerMixin
+
+
+def empty_cache(model: PreTrainedModel) -> Cache:
+    """Return an empty cache with the layers that suit the model, as its forward would make itself."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def row_addressing_problem(cache: Any) -> str | None:
+    """Say why the tokens of a cache cannot be stored row by row, or None where they can."""
+    from transformers import cache_utils
+
+    if cache is None:
+        return "the model returned no cache"
+    if not isinstance(cache, cache_utils.Cache):
+        return f"the model's state is a {type(cache).__name__}, not a transformers Cache"
+    if isinstance(cache, cache_utils.EncoderDecoderCache):
+        return "it is that of an encoder-decoder"
+    if getattr(cache, "offloading", False):
+        return "it is offloaded to the CPU"
+    known = (
+        cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.StaticLayer,
+        cache_utils.StaticSlidingWindowLayer, getattr(cache_utils, "DummyLayer", cache_utils.DynamicLayer),
+    )  # fmt: skip
+    for layer in cache.layers:
+        if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin):
+            return f"layer {type(layer).__name__} keeps a recurrent state, which cannot forget rejected tokens"
+        if type(layer) not in known:
+            return f"it has a {type(layer).__name__}, whose tokens are not plain tensors"
+    return None
+
+
+def layer_window(layer: Any) -> int | None:
+    """Return the sliding window of a cache layer, or None if it keeps all tokens."""
+    from transformers import cache_utils
+
+    if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
+        return int(layer.sliding_window)
+    if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
+        return int(layer.max_cache_len)
+    return None
+
+
+def layer_tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+    """Return keys and values `(batch, heads, columns, width)` of what a layer holds, and columns it has dropped.
+
+    None for a layer that holds nothing (one that shares the keys of another).
+    """
+    from transformers import cache_utils
+
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if keys is None or not keys.numel():
+        return None
+    if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
+        seen = int(layer.cumulative_length_int)
+        held = min(seen, keys.shape[2])
+        return keys[:, :, :held], values[:, :, :held], seen - held
+    if isinstance(layer, cache_utils.StaticLayer):
+        held = int(layer.cumulative_length)
+        return keys[:, :, :held], values[:, :, :held], 0
+    return keys, values, max(int(layer.get_seq_length()) - keys.shape[2], 0)
+
+
+def layer_buffers(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the whole tensors of a layer of fixed size that keeps all tokens, or None for others."""
+    from transformers import cache_utils
+
+    static = isinstance(layer, cache_utils.StaticLayer) and not isinstance(layer, cache_utils.StaticSlidingWindowLayer)
+    return (layer.keys, layer.values) if static and layer.is_initialized else None
+
+
+def refill_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor, dropped: int) -> None:
+    """Make a layer hold the last columns of a sequence; the reverse of `layer_tensors`.
+
+    Args:
+        layer: a layer of which `layer_tensors` has returned tensors.
+        keys: `(batch, heads, columns, width)`.
+        values: likewise.
+        dropped: columns of the sequence before them.
+
+    Raises:
+        ValueError: a layer of fixed size is too small.
+    """
+    from transformers import cache_utils
+
+    columns = keys.shape[2]
+    if isinstance(layer, cache_utils.StaticLayer):
+        sliding = isinstance(layer, cache_utils.StaticSlidingWindowLayer)
+        if sliding and columns > layer.max_cache_len:
+            dropped, columns = dropped + columns - layer.max_cache_len, layer.max_cache_len
+        if columns > layer.keys.shape[2]:
+            raise ValueError(f"the static cache has {layer.keys.shape[2]} columns, the sequences need {columns}")
+        layer.keys[:, :, :columns].copy_(keys[:, :, -columns:])
+        layer.values[:, :, :columns].copy_(values[:, :, -columns:])
+        layer.cumulative_length.fill_(dropped + columns)
+        if sliding:
+            layer.cumulative_length_int = dropped + columns
+        return
+    if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
+        layer.cumulative_length = dropped + columns
+        keys, values = keys[:, :, -layer.sliding_window + 1 :], values[:, :, -layer.sliding_window + 1 :]
+    layer.keys, layer.values = keys.contiguous(), values.contiguous()
+
+
+_IDS_BLIND = (  # what they do to scores depends on nothing but the scores
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor", "LogitNormalization", "MinPLogitsWarper",
+    "SuppressTokensLogitsProcessor", "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+)  # fmt: skip
+
+
+def ignores_ids(part: Any) -> bool:
+    """Tell whether a logits processor is known to look at the scores only, and not at the ids before them."""
+    kind = type(part)
+    return kind.__module__.startswith("transformers.generation.") and kind.__name__ in _IDS_BLIND
+
+
+def release_cache(cache: Cache) -> None:
+    """Let go of what a cache that grows holds (its tensors, not its shape); `refill_layer` fills it again."""
+    from transformers import cache_utils
+
+    for layer in cache.layers:
+        if isinstance(layer, cache_utils.DynamicLayer) and layer.is_initialized:
+            layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)

@@ -1,0 +1,168 @@
+"""A second model that drafts: it follows the rows, and evaluates the nodes of its own trees."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_ext.generation.speculative.context import DraftContext
+from hf_ext.generation.speculative.drafter import Drafter, Verified
+from hf_ext.generation.speculative.probe import tree_problem
+from hf_ext.generation.speculative.tree import DraftTree
+from hf_ext.generation.speculative.tree_state import TreeState
+
+
+class DraftModel:
+    """A draft model and what it has read of each lane.
+
+    Args:
+        model: a causal language model with the target's vocabulary.
+        context: the call.
+
+    Raises:
+        ValueError: the model has another vocabulary, or cannot evaluate trees.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: DraftContext) -> None:
+        check_draft_model(model, context.run.model, context.run.report.strategy)
+        self.model = model
+        self.state = TreeState.fresh(model, len(context.lanes))
+        #: For every lane, which of its nodes have been read, in the order of reading.
+        self.read_nodes: list[list[int]] = [[] for _ in context.lanes]
+
+    @property
+    def calls(self) -> int:
+        """Forward passes so far."""
+        return self.state.calls
+
+    @torch.no_grad()
+    def catch_up(self, context: DraftContext) -> torch.Tensor:
+        """Read what the texts have got since the last time; return the `(lanes, vocabulary)` logits that follow."""
+        counts = [len(text) - held for text, held in zip(context.texts, self.state.lengths, strict=True)]
+        longest = max(counts)
+        rows = [text[-count:] + [0] * (longest - count) for text, count in zip(context.texts, counts, strict=True)]
+        tokens = torch.tensor(rows, device=self.state.device)
+        logits = self.state.read(tokens, counts).logits
+        self.read_nodes = [[] for _ in counts]
+        if longest == 1 or len(set(counts)) == 1:
+            return logits[:, -1].to(context.device)
+        last = torch.tensor(counts, device=logits.device) - 1
+        return logits[torch.arange(len(counts), device=logits.device), last].to(context.device)
+
+    @torch.no_grad()
+    def extend(self, tokens: torch.Tensor, nodes: list[list[int]], parents: list[list[int]] | None = None) -> torch.Tensor:
+        """Read nodes of the trees that are being drafted.
+
+        Args:
+            tokens: `(lanes, n)` int64.
+            nodes: their numbers in each lane's tree.
+            parents: the number of the node above each, which has been read, -1 for the root; a chain by default.
+
+        Returns:
+            `(lanes, n, vocabulary)` logits that follow them.
+        """
+        above = None
+        if parents is not None:
+            above = []
+            for read, row in zip(self.read_nodes, parents, strict=True):
+                at = {node: place for place, node in enumerate(read)}
+                above.append(tuple(at[parent] if parent >= 0 else -1 for parent in row))
+        for read, new in zip(self.read_nodes, nodes, strict=True):
+            read.extend(new)
+        return self.state.extend(tokens.to(self.state.device), above).logits.to(tokens.device)
+
+    def observe(self, verified: Verified) -> None:
+        """Keep what was read of the accepted paths, and go on with the lanes that go on."""
+        paths = []
+        for read, outcome in zip(self.read_nodes, verified.outcomes, strict=True):
+            at = {node: place for place, node in enumerate(read)}
+            paths.append([at[node] for node in outcome.nodes if node in at])
+        self.state.settle(paths)
+        if len(verified.continues) < len(verified.outcomes) and verified.continues:
+            self.state.select(verified.continues)
+        self.read_nodes = [[] for _ in verified.continues]
+
+
+def check_draft_model(draft: PreTrainedModel, target: PreTrainedModel, strategy: str) -> None:
+    """Raise ValueError unless `draft` can draft for `target`."""
+    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{strategy}: draft_model has a vocabulary of {sizes[0]} tokens and the target one of {sizes[1]}; drafting "
+            "needs a draft model with the target's tokenizer"
+        )
+    problem = tree_problem(draft)
+    if problem is not None:
+        raise ValueError(f"{strategy}: draft_model evaluates trees: {problem}")
+
+
+class ModelDrafter(Drafter):
+    """Base of drafters that ask a second model; keeps it in step with the rows.
+
+    Args:
+        model: the draft model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.draft_model = model
+
+    def start(self, context: DraftContext) -> None:
+        """Give the draft model its lanes. It reads the prompts with the first draft."""
+        self.draft = DraftModel(self.draft_model, context)
+
+    @property
+    def calls(self) -> int:  # type: ignore[override]
+        """Forward passes of the draft model."""
+        return self.draft.calls if hasattr(self, "draft") else 0
+
+    def observe(self, context: DraftContext, verified: Verified) -> None:
+        """Follow the rows."""
+        self.draft.observe(verified)
+
+
+class ChainDrafter(ModelDrafter):
+    """Drafts a chain, one forward pass of the draft model a token.
+
+    Args:
+        model: the draft model.
+        length: tokens to draft.
+        confidence: draft no further where the draft model's likeliest token has a probability below this.
+    """
+
+    def __init__(self, model: PreTrainedModel, length: int, confidence: float = 0.0) -> None:
+        super().__init__(model)
+        self.length, self.confidence = length, confidence
+
+    def propose(self, context: DraftContext) -> DraftTree:
+        """Draft a chain under every root."""
+        depth = context.useful_depth(self.length)
+        lanes = list(range(len(context.lanes)))
+        if depth == 0:
+            return DraftTree.empty(len(lanes), context.device)
+        logits = self.draft.catch_up(context)
+        prefixes: list[list[int]] = [[] for _ in lanes]
+        laws: list[torch.Tensor] = []
+        columns: list[torch.Tensor] = []
+        sizes = [depth] * len(lanes)
+        for place in range(depth):
+            if place:
+                logits = self.draft.extend(columns[-1][:, None], [[place - 1]] * len(lanes))[:, 0]
+            scores = context.process(lanes, prefixes, logits)
+            law = None if context.greedy and not self.confidence else scores.softmax(-1)
+            if self.confidence and law is not None and place:
+                sure = (law.amax(-1) >= self.confidence).tolist()
+                sizes = [size if yes else min(size, place) for size, yes in zip(sizes, sure, strict=True)]
+                if max(sizes) <= place:
+                    break
+            if context.greedy or law is None:
+                tokens = scores.argmax(-1)
+            else:
+                tokens = torch.multinomial(law, 1)[:, 0]
+                laws.append(law)
+            columns.append(tokens)
+            for prefix, token in zip(prefixes, tokens.tolist(), strict=True):
+                prefix.append(token)
+        # The law at the last node is not known and not needed: nothing was drafted below it.
+        table = torch.stack([*laws, laws[-1]], dim=1) if laws else None
+        drafted = torch.stack(columns, dim=1)
+        return DraftTree.chain(drafted, table, sizes=[min(size, drafted.shape[1]) for size in sizes])

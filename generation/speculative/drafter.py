@@ -1,0 +1,67 @@
+"""What proposes tokens: the interface of all drafters."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+
+from hf_ext.generation.speculative.context import DraftContext, Outcome
+from hf_ext.generation.speculative.tree import DraftTree
+
+
+@dataclass
+class Verified:
+    """What the target said about a tree, as the drafter is told after each step.
+
+    Lanes are those of the tree. A lane whose row is done has been told as well; `continues` names
+    the lanes that go on, in their new order.
+
+    Args:
+        tree: the tree that was verified.
+        logits: `(lanes, nodes + 1, vocabulary)` raw logits of the target at the root and every node.
+        outcomes: for every lane the accepted nodes and tokens (before an end of the row cut them).
+        continues: lanes that go on.
+        hidden: `(lanes, nodes + 1, width)` states of the target's last layer, for a drafter that
+            asks for them.
+    """
+
+    tree: DraftTree
+    logits: torch.Tensor
+    outcomes: list[Outcome]
+    continues: list[int]
+    hidden: torch.Tensor | None = None
+
+
+class Drafter(abc.ABC):
+    """Proposes continuations of all lanes, and learns from what the target says about them.
+
+    A drafter keeps its own state lane by lane. It may be wrong about anything without harm to the
+    text, except for one thing: where tokens are drawn at random, `DraftTree.probabilities` must be
+    the law they were really drawn from, and a token once drawn must not be held back.
+
+    Attributes:
+        calls: forward passes of a draft model.
+        wants_hidden: whether it needs the hidden states of the target's last layer.
+    """
+
+    calls: int = 0
+    wants_hidden: bool = False
+
+    def start(self, context: DraftContext) -> None:  # noqa: B027  (many have nothing to prepare)
+        """Prepare for a call: the prompts have been read, `context.outputs` is the target's answer."""
+
+    def first(self, context: DraftContext) -> DraftTree:
+        """Return a tree without nodes for the first token, which the target draws alone."""
+        return DraftTree.empty(len(context.lanes), context.device)
+
+    @abc.abstractmethod
+    def propose(self, context: DraftContext) -> DraftTree:
+        """Draft a tree under the last token of every lane."""
+
+    def observe(self, context: DraftContext, verified: Verified) -> None:  # noqa: B027
+        """Learn what became of the last tree.
+
+        The context is that after the step: texts grown, lanes of finished rows gone.
+        """

@@ -1,0 +1,71 @@
+"""Find out whether a model takes trees: explicit positions and a mask of its own for every query.
+
+Most models do. One that derives distances from the columns of its keys, or ignores the mask it is
+given, would silently decode something else; so each model is asked once, with a few tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_ext import adapter
+from hf_ext.generation.speculative.tree_state import TreeState
+
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = weakref.WeakKeyDictionary()
+
+#: Largest difference of logits, as a share of their spread, that rounding may explain, by bytes of a number.
+TOLERANCE = {4: 1e-3, 8: 1e-6, 2: 0.2}
+
+
+@torch.no_grad()
+def tree_problem(model: PreTrainedModel) -> str | None:
+    """Say why a model cannot evaluate draft trees, or None where it can.
+
+    Two lanes of different lengths read a prompt and then a tree with two branches; every branch must
+    give the logits of the plain sequence. The answer is remembered for as long as the model lives.
+
+    Args:
+        model: a decoder-only model.
+
+    Example:
+        >>> from hf_ext.testing import tiny_models
+        >>> tree_problem(tiny_models.shared("llama")) is None
+        True
+    """
+    implementation = adapter.attention_implementation(model)
+    answers = _KNOWN.setdefault(model, {})
+    if implementation not in answers:
+        answers[implementation] = _ask(model)
+    return answers[implementation]
+
+
+def _ask(model: PreTrainedModel) -> str | None:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(7, device=model.device) * 17 + 5) % vocabulary
+    prompts = [ids[:4], ids[1:4]]
+    branches = [[4, 5], [6]]  # two children of the prompt, the first with a child
+    try:
+        state = TreeState.fresh(model, lanes=2)
+        padded = torch.stack([prompts[0], torch.cat([prompts[1], ids[:1]])])
+        state.read(padded, [4, 3])
+        nodes = torch.stack([ids[[4, 6, 5]]] * 2)
+        found = state.extend(nodes, [(-1, -1, 0)] * 2).logits
+        worst = spread = 0.0
+        for lane, prompt in enumerate(prompts):
+            for branch, at in zip(branches, (2, 1), strict=True):
+                plain = model(torch.cat([prompt, ids[branch]])[None], use_cache=False, return_dict=True).logits[0, -1]
+                worst = max(worst, (plain - found[lane, at]).abs().max().item())
+                spread = max(spread, plain.float().std().item())
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        return f"{type(model).__name__} does not take them ({type(error).__name__}: {str(error).splitlines()[0]})"
+    size = next(model.parameters()).element_size()
+    if not worst <= TOLERANCE.get(size, 0.2) * max(spread, 1e-12):
+        return (
+            f"{type(model).__name__} gives other logits for a branch of a tree than for the same tokens in a row "
+            f"(largest difference {worst:.3g}, spread of the logits {spread:.3g}): it does not follow the positions "
+            "and masks it is given"
+        )
+    return None

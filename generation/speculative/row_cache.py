@@ -1,0 +1,315 @@
+"""A cache that is addressed by row: column `c` of a lane holds its token `c`, whatever the other lanes do.
+
+    lane 0   A B C D . . .        no padding on the left and no holes: what a lane has accepted is one
+    lane 1   a b c d e f .        block from column 0 on. A tree is written behind it, the accepted
+             `---kept---'tree     path is moved to the block's end, and the rest is simply overwritten.
+
+Forgetting tokens costs nothing, and a step writes its new columns in place, where a cache that
+grows by concatenation copies everything. A sliding-window layer drops what has left the window
+now and then; its column `c` holds token `c + dropped`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from hf_ext import adapter
+
+#: Columns that a sliding-window layer may hold beyond its window before it drops some.
+SLACK = 64
+
+
+class Columns:
+    """Where the layers of one kind write and read; all layers with the same window share it.
+
+    Args:
+        lanes: number of lanes.
+        window: sliding window of the layers, None for those that keep all tokens.
+
+    Attributes:
+        dropped: for every lane the tokens before its column 0.
+        start: first column of the tokens to be written, if it is the same in every lane.
+        slots: `(lanes, n)` int64 columns of the tokens to be written, otherwise.
+        stop: columns that attention reads.
+        limit: columns there can be, None for any number.
+    """
+
+    def __init__(self, lanes: int, window: int | None) -> None:
+        self.window = window
+        self.dropped = [0] * lanes
+        self.start: int | None = 0
+        self.slots: torch.Tensor | None = None
+        self.stop = 0
+        self.limit: int | None = None
+        self.layers: list[RowLayer] = []
+
+    def aim(self, lengths: list[int], earlier: int, count: int, device: torch.device) -> None:
+        """Get ready to write `count` columns behind `earlier` columns of a tree behind each lane's block."""
+        starts = [length - dropped + earlier for length, dropped in zip(lengths, self.dropped, strict=True)]
+        self.stop = max(starts) + count
+        if len(set(starts)) == 1:
+            self.start, self.slots = starts[0], None
+        else:
+            self.start = None
+            self.slots = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+
+    def move(self, lengths: list[int], paths: list[list[int]]) -> None:
+        """Move the accepted nodes of each lane to the end of its block.
+
+        Args:
+            lengths: tokens in each block.
+            paths: numbers of the accepted nodes in the tree, from 0, increasing.
+        """
+        if all(path == list(range(len(path))) for path in paths):
+            return
+        longest = max(map(len, paths))
+        starts = [length - dropped for length, dropped in zip(lengths, self.dropped, strict=True)]
+        if len(paths) == 1:
+            source = torch.tensor(paths[0]) + starts[0]
+            for layer in self.layers:
+                layer.move_one(starts[0], source)
+            return
+        # A lane with a shorter path copies further columns onto themselves.
+        filled = [path + list(range(len(path), longest)) for path in paths]
+        first = torch.tensor(starts)[:, None]
+        last = self.layers[0].keys.shape[2] - 1 if self.layers and self.layers[0].keys is not None else 0
+        source = (torch.tensor(filled) + first).clamp(max=last)
+        target = (torch.arange(longest) + first).clamp(max=last)
+        for layer in self.layers:
+            layer.move(source, target)
+
+    def trim(self, lengths: list[int]) -> None:
+        """Drop what has left the window, once there is much of it."""
+        if self.window is None:
+            return
+        surplus = [max(n - d - (self.window - 1), 0) for n, d in zip(lengths, self.dropped, strict=True)]
+        if max(surplus, default=0) < SLACK:
+            return
+        for layer in self.layers:
+            layer.shift(surplus)
+        self.dropped = [d + s for d, s in zip(self.dropped, surplus, strict=True)]
+
+    def select(self, lanes: list[int]) -> None:
+        """Go on with these lanes only."""
+        index = torch.tensor(lanes)
+        for layer in self.layers:
+            layer.select(index)
+        self.dropped = [self.dropped[lane] for lane in lanes]
+
+
+class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
+    """Keys and values of one layer, addressed by row; transformers' models use it as any cache layer.
+
+    Args:
+        columns: where to write and what to read, shared with the layers of the same kind.
+        fixed: whether the tensors are those of a static cache and cannot grow.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, columns: Columns, fixed: bool = False) -> None:
+        super().__init__()
+        self.columns, self.fixed = columns, fixed
+        self.is_sliding = columns.window is not None
+        columns.layers.append(self)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make room for the first columns."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        room = self._room(self.columns.stop)
+        self.keys = _zeros(key_states, room)
+        self.values = _zeros(value_states, room)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the columns that `columns` aims at; return all that attention reads."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        columns = self.columns
+        if columns.stop > self.keys.shape[2]:
+            self._grow(columns.stop)
+        if columns.start is not None:
+            stop = columns.start + key_states.shape[2]
+            self.keys[:, :, columns.start : stop] = key_states
+            self.values[:, :, columns.start : stop] = value_states
+        else:
+            slots = columns.slots.to(self.keys.device)  # type: ignore[union-attr]
+            lanes = torch.arange(len(slots), device=slots.device)[:, None]
+            self.keys[lanes, :, slots] = key_states.transpose(1, 2)
+            self.values[lanes, :, slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, : columns.stop], self.values[:, :, : columns.stop]
+
+    def get_seq_length(self) -> int:
+        """Return the columns before those that are being written, where lanes agree on it."""
+        return self.columns.start or 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys."""
+        return self.columns.stop, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the layer grows."""
+        return -1
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor, kept: list[torch.Tensor]) -> None:
+        """Take over the columns of another layer.
+
+        Args:
+            keys: `(lanes, heads, columns, width)`.
+            values: likewise.
+            kept: for each lane the columns to take, in order.
+        """
+        longest = max(map(len, kept))
+        if not self.fixed:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            room = self._room(longest)
+            self.keys, self.values = _zeros(keys, room), _zeros(values, room)
+        for lane, columns in enumerate(kept):
+            whole = len(columns) == keys.shape[2]
+            at = slice(None) if whole else columns.to(keys.device)
+            # In a static cache source and target are one tensor; the index makes a copy.
+            for new, old in ((self.keys, keys), (self.values, values)):
+                if not (whole and self.fixed):
+                    new[lane, :, : len(columns)] = old[lane][:, at]
+
+    def move_one(self, start: int, source: torch.Tensor) -> None:
+        """Copy the columns `source` of the only lane to `start` and after."""
+        if self.keys is not None:
+            source = source.to(self.keys.device)
+            for states in (self.keys, self.values):
+                states[:, :, start : start + len(source)] = states.index_select(2, source)
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy columns `source` to columns `target`, both `(lanes, n)`."""
+        if self.keys is not None:
+            source, target = source.to(self.keys.device), target.to(self.keys.device)
+            lanes = torch.arange(len(source), device=source.device)[:, None]
+            for states in (self.keys, self.values):
+                states[lanes, :, target] = states[lanes, :, source]
+
+    def shift(self, surplus: list[int]) -> None:
+        """Drop the first `surplus` columns of each lane."""
+        if self.keys is None:
+            return
+        room = self.keys.shape[2]
+        for states in (self.keys, self.values):
+            for lane, count in enumerate(surplus):
+                if count:
+                    states[lane, :, : room - count] = states[lane, :, count:].clone()
+
+    def select(self, lanes: torch.Tensor) -> None:
+        """Go on with these lanes only."""
+        if self.keys is not None:
+            self.keys = self.keys.index_select(0, lanes.to(self.keys.device))
+            self.values = self.values.index_select(0, lanes.to(self.values.device))
+
+    def _room(self, needed: int) -> int:
+        room = max(needed + needed // 2, needed + 64)
+        return room if self.columns.limit is None else max(min(room, self.columns.limit), needed)
+
+    def _grow(self, needed: int) -> None:
+        if self.fixed:
+            raise RuntimeError(
+                f"a step needs {needed} columns of a static cache that has {self.keys.shape[2]}; the engine should "
+                "have drafted less"
+            )
+        room = self._room(needed)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = _zeros(old, room)
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+
+def _zeros(like: torch.Tensor, columns: int) -> torch.Tensor:
+    # Not empty: what stands in a masked column is multiplied by 0, and 0 times NaN is NaN.
+    return like.new_zeros(like.shape[0], like.shape[1], columns, like.shape[3])
+
+
+class RowCache(Cache):
+    """The cache of one model, addressed by row.
+
+    Args:
+        model_cache: a cache of the model, whose layers say which of them have a window. Its tokens
+            are taken over if `kept` says which.
+        lanes: number of lanes.
+        kept: `(lanes, columns)` bool, the columns of `model_cache` that hold tokens.
+        limit: tokens there will be at most, trees included; None if that is not known.
+    """
+
+    def __init__(
+        self, model_cache: Cache, lanes: int, kept: torch.Tensor | None = None, limit: int | None = None
+    ) -> None:
+        self.groups: dict[int | None, Columns] = {}
+        layers = []
+        for layer in model_cache.layers:
+            window = adapter.layer_window(layer)
+            if window not in self.groups:
+                self.groups[window] = Columns(lanes, window)
+                if window is None:
+                    self.groups[window].limit = limit
+            columns = self.groups[window]
+            buffers = None if kept is None else adapter.layer_buffers(layer)
+            new = RowLayer(columns, fixed=buffers is not None)
+            held = None if kept is None else adapter.layer_tensors(layer)
+            if kept is not None and held is not None:
+                keys, values, dropped = held
+                here = kept[:, dropped : dropped + keys.shape[2]]
+                if buffers is not None:
+                    new.keys, new.values = buffers
+                    new.dtype, new.device, new.is_initialized = new.keys.dtype, new.keys.device, True
+                new.fill(keys, values, [row.nonzero().flatten() for row in here])
+                columns.dropped = kept[:, :dropped].sum(1).tolist()
+            layers.append(new)
+        super().__init__(layers=layers)
+
+    @property
+    def free_columns(self) -> int | None:
+        """Columns of the tightest layer of fixed size, None if all can grow."""
+        sizes = [layer.keys.shape[2] for layer in self.layers if layer.fixed]
+        return min(sizes, default=None)
+
+    def lane(self, lane: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copy the tokens of a lane: for every layer keys and values `(heads, columns, width)`."""
+        found = []
+        for layer in self.layers:
+            if layer.keys is None:
+                found.append((torch.empty(0), torch.empty(0)))
+                continue
+            stop = length - layer.columns.dropped[lane]
+            found.append((layer.keys[lane, :, :stop].clone(), layer.values[lane, :, :stop].clone()))
+        return found
+
+
+def write_back(cache: Cache, rows: list[list[tuple[torch.Tensor, torch.Tensor]]], ends: list[int]) -> None:
+    """Lay tokens out in a cache of transformers as in a padded batch.
+
+    Args:
+        cache: the cache; its content is replaced.
+        rows: for every row what `RowCache.lane` returned.
+        ends: the column behind each row's last token; zeros stand where a row has no tokens.
+    """
+    total = max(ends)
+    for index, layer in enumerate(cache.layers):
+        if not rows[0][index][0].numel():
+            continue  # a layer that holds nothing of its own
+        window = adapter.layer_window(layer)
+        held = total if window is None else min(window, total)
+        tables = []
+        for which in (0, 1):
+            first = rows[0][index][which]
+            table = first.new_zeros(len(rows), first.shape[0], held, first.shape[2])
+            for new, row, end in zip(table, rows, ends, strict=True):
+                tokens = row[index][which]
+                stop = end - (total - held)
+                count = min(tokens.shape[1], max(stop, 0))
+                if count:
+                    new[:, stop - count : stop] = tokens[:, tokens.shape[1] - count :]
+            tables.append(table)
+        adapter.refill_layer(layer, *tables, dropped=total - held)
