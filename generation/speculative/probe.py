@@ -43,10 +43,15 @@ def tree_problem(model: PreTrainedModel) -> str | None:
 
 
 def _ask(model: PreTrainedModel) -> str | None:
+    if not hasattr(model, "config") or model.config.is_encoder_decoder:
+        return f"{type(model).__name__} is not a decoder-only language model"
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = (torch.arange(7, device=model.device) * 17 + 5) % vocabulary
     prompts = [ids[:4], ids[1:4]]
     branches = [[4, 5], [6]]  # two children of the prompt, the first with a child
+    plainly = model(ids[None, :4], use_cache=True, return_dict=True)
+    if getattr(plainly, "past_key_values", None) is None:
+        return f"{type(model).__name__} returned no cache"
     try:
         state = TreeState.fresh(model, lanes=2)
         padded = torch.stack([prompts[0], torch.cat([prompts[1], ids[:1]])])
