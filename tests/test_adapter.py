@@ -399,3 +399,122 @@ def test_no_other_module_touches_private_parts_of_transformers() -> None:
 def test_the_scan_tells_private_parts_of_transformers_from_others(source: str, names: list[str]) -> None:
     tree = ast.parse(source)
     assert [use.split(": ")[1] for use in private_uses(tree, own_names(tree))] == names
+
+
+def test_attention_implementation() -> None:
+    with stands_on("config._attn_implementation"):
+        model = tiny_models.build("llama")
+        model.set_attn_implementation("eager")
+        assert adapter.attention_implementation(model) == "eager"
+        assert adapter.attention_implementation(tiny_models.build("gemma3")) == "sdpa"
+
+
+def test_cache_layer_base() -> None:
+    with stands_on("transformers.cache_utils.CacheLayerMixin"):
+        base = adapter.cache_layer_base()
+        assert all(isinstance(layer, base) for layer in filled("gemma3").layers)
+        assert {"update", "lazy_initialization", "get_mask_sizes", "get_seq_length"} <= set(dir(base))
+
+
+@pytest.mark.parametrize("kind", tiny_models.DECODERS)
+def test_empty_cache(kind: str) -> None:
+    with stands_on("DynamicCache(config=...)"):
+        ours, made = adapter.empty_cache(tiny_models.shared(kind)), filled(kind)
+        assert [type(layer) for layer in ours.layers] == [type(layer) for layer in made.layers]
+        assert ours.get_seq_length() == 0
+
+
+def test_row_addressing_problem() -> None:
+    with stands_on("the layers of transformers.cache_utils"):
+        for kind in tiny_models.DECODERS:
+            assert adapter.row_addressing_problem(filled(kind)) is None
+        static = StaticCache(config=tiny_models.shared("gemma3").config, max_cache_len=32)
+        assert adapter.row_addressing_problem(static) is None
+        assert "recurrent" in str(adapter.row_addressing_problem(adapter.empty_cache(tiny_models.shared("mamba"))))
+        assert "encoder-decoder" in str(
+            adapter.row_addressing_problem(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        )
+        assert "offloaded" in str(adapter.row_addressing_problem(DynamicCache(offloading=True)))
+        assert "no cache" in str(adapter.row_addressing_problem(None))
+
+
+def test_layer_window() -> None:
+    with stands_on("the windows of cache layers"):
+        cache = filled("gemma3")
+        assert [adapter.layer_window(layer) for layer in cache.layers] == [tiny_models.WINDOW, None]
+        static = StaticCache(config=tiny_models.shared("gemma3").config, max_cache_len=32)
+        assert [adapter.layer_window(layer) for layer in static.layers] == [tiny_models.WINDOW, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_layer_tensors(static: bool) -> None:
+    model = tiny_models.shared("gemma3")
+    with stands_on("keys, values and lengths of cache layers"):
+        cache = StaticCache(config=model.config, max_cache_len=32) if static else adapter.empty_cache(model)
+        assert adapter.layer_tensors(cache.layers[0]) is None
+        model(IDS, past_key_values=cache, use_cache=True)
+        windowed, full = (adapter.layer_tensors(layer) for layer in cache.layers)
+        assert windowed is not None
+        assert full is not None
+        assert windowed[0].shape[2] + windowed[2] == full[0].shape[2] == IDS.shape[1]
+        assert full[2] == 0
+
+
+@torch.no_grad()
+def test_layer_buffers() -> None:
+    model = tiny_models.shared("gemma3")
+    with stands_on("the tensors of static layers"):
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(IDS, past_key_values=cache, use_cache=True)
+        windowed, full = (adapter.layer_buffers(layer) for layer in cache.layers)
+        assert windowed is None
+        assert full is not None
+        assert full[0].shape[2] == 32
+        assert adapter.layer_buffers(filled().layers[0]) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_refill_layer(kind: str, static: bool) -> None:
+    model = tiny_models.shared(kind)
+
+    def read(*parts: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        cache = StaticCache(config=model.config, max_cache_len=32) if static else adapter.empty_cache(model)
+        for part in parts:
+            logits = model(part, past_key_values=cache, use_cache=True).logits
+        return cache, logits[:, -1]
+
+    with stands_on("how layers of a cache hold their tensors"):
+        ids = IDS[:1]
+        _, expected = read(ids[:, :-1], ids[:, -1:])
+        source, _ = read(ids[:, :-1])
+        other, _ = read(ids[:, :3])
+        for layer, old in zip(other.layers, source.layers, strict=True):
+            held = adapter.layer_tensors(old)
+            assert held is not None
+            adapter.refill_layer(layer, held[0].clone(), held[1].clone(), held[2])
+        found = model(ids[:, -1:], past_key_values=other, use_cache=True).logits[:, -1]
+        assert (found - expected).abs().max() < 1e-5
+        if static and kind == "llama":
+            with pytest.raises(ValueError, match="static cache has 32"):
+                adapter.refill_layer(other.layers[0], torch.zeros(1, 2, 40, 8), torch.zeros(1, 2, 40, 8), 0)
+
+
+def test_release_cache() -> None:
+    with stands_on("the tensors of dynamic layers"):
+        cache = filled("gemma3")
+        adapter.release_cache(cache)
+        assert all(adapter.layer_tensors(layer) is None for layer in cache.layers)
+
+
+def test_ignores_ids() -> None:
+    from transformers import MinNewTokensLengthLogitsProcessor, TemperatureLogitsWarper
+
+    with stands_on("the names of logits processors"):
+        for name in adapter._IDS_BLIND:
+            assert hasattr(transformers.generation.logits_process, name), name
+        assert adapter.ignores_ids(TemperatureLogitsWarper(0.5))
+        assert not adapter.ignores_ids(RepetitionPenaltyLogitsProcessor(1.5))
+        assert not adapter.ignores_ids(MinNewTokensLengthLogitsProcessor(1, 1, 1))

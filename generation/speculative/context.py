@@ -44,9 +44,7 @@ class DraftContext:
         self.device = run.input_ids.device
         mask, columns = run.model_kwargs.get("attention_mask"), run.input_ids.shape[1]
         keep = torch.ones_like(run.input_ids) if mask is None else mask[:, mask.shape[1] - columns :]
-        self.texts: list[list[int]] = [
-            ids[here.bool()].tolist() for ids, here in zip(run.input_ids, keep, strict=True)
-        ]
+        self.texts: list[list[int]] = [ids[here.bool()].tolist() for ids, here in zip(run.input_ids, keep, strict=True)]
         self._blind = all(adapter.ignores_ids(processor) for processor in run.logits_processor)
         self._plain = self._blind and not len(run.logits_processor)
         self._eos: set[int] = set()

@@ -50,7 +50,9 @@ class DraftModel:
         return logits[torch.arange(len(counts), device=logits.device), last].to(context.device)
 
     @torch.no_grad()
-    def extend(self, tokens: torch.Tensor, nodes: list[list[int]], parents: list[list[int]] | None = None) -> torch.Tensor:
+    def extend(
+        self, tokens: torch.Tensor, nodes: list[list[int]], parents: list[list[int]] | None = None
+    ) -> torch.Tensor:
         """Read nodes of the trees that are being drafted.
 
         Args:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch

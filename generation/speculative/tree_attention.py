@@ -58,7 +58,7 @@ class TreeStructure:
                    for n, c, d in zip(self.lengths, self.columns, self.depths, strict=True))  # fmt: skip
 
     def ancestor_bits(self) -> np.ndarray:
-        """Return the ancestors as bits: `(lanes or 1, queries, words)` uint64, bit `j % 64` of word `j // 64` for node `j`.
+        """Return the ancestors as bits, `(lanes or 1, queries, words)` uint64: node `j` is bit `j % 64` of word `j // 64`.
 
         Example:
             >>> structure_of((3,), (3,), [(-1, 0, 0)], queries=3, keys=6).ancestor_bits().tolist()

@@ -97,9 +97,7 @@ def _law(tree: DraftTree, lane: int, node: int) -> torch.Tensor | None:
     return None if tree.probabilities is None else tree.probabilities[lane, node + 1]
 
 
-def draw(
-    target: torch.Tensor, drafts: list[torch.Tensor | None], tokens: list[list[int]], rule: Rule
-) -> list[int]:
+def draw(target: torch.Tensor, drafts: list[torch.Tensor | None], tokens: list[list[int]], rule: Rule) -> list[int]:
     """Draw a token for each line so that its law is the target's, preferring drafted ones.
 
     A token from the residual law may equal a draft of the same node. The walk then goes on below it:
@@ -117,7 +115,9 @@ def draw(
     found: list[int | None] = []
     residuals: list[torch.Tensor] = []
     for line, drafted in enumerate(tokens):
-        accepted, residual = _try(rule(target[line], drafts[line], drafted), drafted) if drafted else (None, target[line])
+        accepted, residual = (
+            _try(rule(target[line], drafts[line], drafted), drafted) if drafted else (None, target[line])
+        )
         found.append(accepted)
         if residual is not None:
             residuals.append(residual)
@@ -127,9 +127,7 @@ def draw(
     return [token for token in found if token is not None]
 
 
-def _try(
-    decisions: Generator[float, None, torch.Tensor], drafted: list[int]
-) -> tuple[int | None, torch.Tensor | None]:
+def _try(decisions: Generator[float, None, torch.Tensor], drafted: list[int]) -> tuple[int | None, torch.Tensor | None]:
     """Try the drafts in turn: the accepted one, or else the law of the token to draw."""
     chance = torch.rand(len(drafted)).tolist()  # on the CPU, where a seed also holds and nothing waits
     try:

@@ -60,9 +60,8 @@ def assert_greedy_identity(
     for kind, model in (models or {kind: tiny_models.shared(kind) for kind in kinds}).items():
         batch = tiny_models.prompts(LENGTHS)
         for ids, mask in (batch, (batch[0][:1], batch[1][:1])):
-            common: dict[str, Any] = {
-                "attention_mask": mask, "do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": tiny_models.PAD,
-            }  # fmt: skip
+            common: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": new_tokens}
+            common["pad_token_id"] = tiny_models.PAD
             free = model.generate(ids, **common)[:, ids.shape[1] :]
             for how, settings in settings_that_shape_text(free):
                 expected = model.generate(ids, **common, **settings)
@@ -72,7 +71,9 @@ def assert_greedy_identity(
                 same_tokens(ours, expected, f"{name} on {kind}, {len(ids)} rows, {how}, against greedy generate")
 
 
-def continuation_law(model: Any, prompt: torch.Tensor, length: int = 3, **settings: Any) -> dict[tuple[int, ...], float]:
+def continuation_law(
+    model: Any, prompt: torch.Tensor, length: int = 3, **settings: Any
+) -> dict[tuple[int, ...], float]:
     """Compute the law of all continuations under `generate`'s settings, by enumeration.
 
     Args:
