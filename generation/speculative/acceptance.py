@@ -39,7 +39,7 @@ def single_draft(p: torch.Tensor, q: torch.Tensor | None, drafts: list[int]) -> 
     """Accept one draft with `min(1, p/q)`, else draw from `norm(max(0, p - q))`.
 
     Source: Leviathan et al., Fast Inference from Transformers via Speculative Decoding
-    (arXiv:2211.17192), section 2.3. No rule accepts one draft more often.
+    (arXiv:2211.17192). No rule accepts one draft more often.
 
     Args:
         p: `(vocab,)` target distribution.
@@ -131,7 +131,7 @@ def k_seq(p: torch.Tensor, q: torch.Tensor | None, drafts: list[int]) -> Decisio
     With `beta = sum min(q, p/rho)` one of them passes with `a = 1 - (1 - beta)^k`, and the residual
     is `p - min(q, p/rho) a/beta`, normalised; `rho` is the least for which it is nowhere negative
     (`solve_rho`). All k drafts must be given at once, because `rho` depends on their number.
-    Source: SpecTr (arXiv:2310.15141), algorithm 3 and theorem 2.
+    Source: SpecTr (arXiv:2310.15141), K-SEQ.
 
     Args:
         p: `(vocab,)` target distribution.
@@ -202,7 +202,7 @@ def deterministic(p: torch.Tensor, q: torch.Tensor | None, drafts: list[int]) ->
 def acceptance_rate(p: torch.Tensor, q: torch.Tensor) -> float:
     """Return the probability that one draft is accepted: `sum min(p, q)`, averaged over rows.
 
-    Source: arXiv:2211.17192, theorem 3.5 and corollary 3.6.
+    Source: arXiv:2211.17192, where the mean of it over contexts is called alpha.
 
     Args:
         p: `(..., vocab)` target distributions.

@@ -35,7 +35,7 @@ class BeamStep(NamedTuple):
 def gumbel_top_k(scores: torch.Tensor, k: int, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw k distinct tokens a row, as if one after the other from what is left.
 
-    Source: Kool et al., Stochastic Beams and Where to Find Them (arXiv:1903.06059), section 2.3.
+    Source: Kool et al., Stochastic Beams and Where to Find Them (arXiv:1903.06059).
 
     Args:
         scores: `(..., vocab)` logits or log-probabilities; `-inf` for a token that must not be drawn.
@@ -74,7 +74,7 @@ def stochastic_beam_step(
     `v = T - G + log(1 - exp(G - Z))`. The k largest over all parents make the level. The children of
     one parent, in falling order, are draws without replacement from its conditional distribution, so
     `without_replacement` judges them exactly, however many of them are kept.
-    Source: arXiv:1903.06059, algorithm 1 and appendix B.3.
+    Source: arXiv:1903.06059, stochastic beam search.
 
     Args:
         log_probs: `(..., parents, vocab)` log-probabilities of the next token under each parent.

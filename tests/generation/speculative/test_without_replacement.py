@@ -158,6 +158,13 @@ def test_nodes_that_are_not_there_are_marked_and_have_no_children() -> None:
     assert (third.parents < 6).all()
 
 
+def test_parent_is_absent_by_its_value_alone() -> None:
+    perturbed = torch.tensor([-torch.inf, 0.0])
+    step = stochastic_beam_step(BELOW[:1].log().expand(2, 3), torch.zeros(2), perturbed, 6, seeded())
+    assert step.parents.tolist() == [1, 1, 1, -1, -1, -1]
+    assert step.perturbed[3:].isneginf().all()
+
+
 def test_values_are_conditioned_without_loss_far_from_zero() -> None:
     """Parents of log-probability about -1000, as at the end of a long text: differences are as near 0."""
     zero = torch.zeros(200, 1, dtype=torch.float64)
