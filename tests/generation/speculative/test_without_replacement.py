@@ -165,6 +165,13 @@ def test_parent_is_absent_by_its_value_alone() -> None:
     assert step.perturbed[3:].isneginf().all()
 
 
+def test_parent_without_any_possible_child_has_none() -> None:
+    log_probs = torch.stack([torch.full((3,), -torch.inf, dtype=torch.float64), BELOW[0].log()])
+    step = stochastic_beam_step(log_probs, torch.zeros(2), torch.zeros(2), 6, seeded())
+    assert step.parents.tolist() == [1, 1, 1, -1, -1, -1]
+    assert step.perturbed[3:].isneginf().all()
+
+
 def test_values_are_conditioned_without_loss_far_from_zero() -> None:
     """Parents of log-probability about -1000, as at the end of a long text: differences are as near 0."""
     zero = torch.zeros(200, 1, dtype=torch.float64)
