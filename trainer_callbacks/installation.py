@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_ext.layers import TargetEnds, decoder_layers
 from hf_ext.trainer_callbacks.clean_loss import shifted_targets
 
 if TYPE_CHECKING:
@@ -38,13 +40,44 @@ class Installation:
         self.lines = [f"forward pre-hook on {type(model).__name__}: {', '.join(_duties(objective))}"]
         self._handle = model.register_forward_pre_hook(_BatchHook(objective, model), with_kwargs=True)
         self._loss_owner: nn.Module | None = None
-        if objective.has("token_loss"):
+        if objective.replaces_loss:
             self._replace_loss(objective, model)
+        self._layer_handles: list[Any] = []
+        self._batch: dict[str, Any] = {}
+        self._wanted: set[int] = set()
+        self._states: dict[int, Tensor] = {}
+        if objective.has("on_layer") or objective.has("loss_on_hidden"):
+            self._hook_layers(objective, model)
         self._finalizer = weakref.finalize(objective, self._take_off)
 
     def remove(self) -> None:
         """Take everything off the model. Calling it twice does nothing."""
         self._finalizer()
+
+    def begin(self, batch: dict[str, Any], wanted: Iterable[int]) -> None:
+        """Collect the wanted states of the training pass over `batch` that comes now."""
+        self._batch, self._wanted = batch, set(wanted)
+        self._states.clear()
+
+    def finish(self) -> tuple[dict[int, Tensor], Any]:
+        """Return the collected states and what turns a state into logits, and collect no more."""
+        states, self._states = self._states, {}
+        missing, self._wanted = self._wanted - set(states), set()
+        if missing or any(not state.requires_grad for state in states.values()):
+            raise RuntimeError(
+                f"the states after layers {sorted(missing) or sorted(states)} cannot be trained on: gradient "
+                'checkpointing hides them. Use gradient_checkpointing_kwargs={"use_reentrant": False} or none.'
+            )
+        return states, self._ends.logits
+
+    def _hook_layers(self, objective: Objective, model: nn.Module) -> None:
+        self._ends = TargetEnds(model)
+        layers = decoder_layers(model)
+        duties = [hook for hook in ("on_layer", "loss_on_hidden") if objective.has(hook)]
+        self.lines.append(f"forward hooks on {len(layers)} layers: {', '.join(duties)}")
+        for index, layer in enumerate(layers):
+            hook = _LayerHook(objective, self, index, layer)
+            self._layer_handles.append(layer.register_forward_hook(hook, with_kwargs=True))
 
     def _replace_loss(self, objective: Objective, model: nn.Module) -> None:
         module: Any = model
@@ -53,10 +86,14 @@ class Installation:
         self._had_loss = "_loss_function" in vars(owner)
         self._original_loss = owner.loss_function
         owner.loss_function = _LossHook(objective, owner, owner.loss_function)
-        self.lines.append(f"loss_function of {type(owner).__name__}: {objective.name}.token_loss")
+        hook = "token_loss" if objective.has("token_loss") else "loss_on_hidden"
+        self.lines.append(f"loss_function of {type(owner).__name__}: {objective.name}.{hook}")
 
     def _take_off(self) -> None:
         self._handle.remove()
+        for handle in self._layer_handles:
+            handle.remove()
+        self._states.clear()
         if self._loss_owner is not None:
             # the setter stores the function on the instance; without it the class's own loss is found again
             if self._had_loss:
@@ -89,6 +126,33 @@ class _BatchHook:
             return None
         inputs = {**_named(model, args), **kwargs}
         return (), objective.on_batch(model, inputs)
+
+
+class _LayerHook:
+    """Let the objective change what a layer passes on in training, and collect it for the loss."""
+
+    def __init__(self, objective: Objective, installation: Installation, index: int, layer: nn.Module) -> None:
+        self._objective = weakref.ref(objective)
+        self._installation = weakref.ref(installation)
+        self._layer = weakref.ref(layer)
+        self._index = index
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LayerHook:
+        return self
+
+    @torch.compiler.disable
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        objective, installation = self._objective(), self._installation()
+        if objective is None or installation is None or layer is not self._layer() or not layer.training:
+            return None
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{type(layer).__name__} returns a {type(output).__name__}, not its hidden states")
+        if objective.has("on_layer"):
+            before = args[0] if args else kwargs["hidden_states"]
+            output = objective.on_layer(self._index, before, output, installation._batch)
+        if self._index + 1 in installation._wanted:
+            installation._states[self._index + 1] = output
+        return output
 
 
 class _LossHook:

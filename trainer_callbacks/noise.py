@@ -47,6 +47,29 @@ def uniform(inputs: Mapping[str, Any], *, seed: int, step: int, stream: int = 0,
     return bits.to(torch.float32 if tokens.device.type == "mps" else torch.float64) / (1 << 53)
 
 
+def document_uniform(inputs: Mapping[str, Any], *, seed: int, step: int, stream: int = 0) -> Tensor:
+    """Draw a number in [0, 1) for each document, and give it to all positions of the document.
+
+    Args:
+        inputs: as for `uniform`. Two documents with the same tokens get the same number.
+        seed: base seed.
+        step: optimizer step.
+        stream: tells independent draws of one step apart.
+
+    Returns:
+        A tensor as `uniform` returns it.
+
+    Example:
+        >>> numbers = document_uniform({"input_ids": torch.tensor([[5, 6, 7], [8, 9, 7]])}, seed=0, step=3)
+        >>> [len(set(row)) for row in numbers.tolist()], bool(numbers[0, 0] == numbers[1, 0])
+        ([1, 1], False)
+    """
+    tokens = inputs["input_ids"]
+    key = int(_mix(_mix(_mix(torch.tensor(seed)) + step) + stream))
+    bits = _mix(_mix(_document_keys(inputs, document_positions(inputs)) + key)) & _LOW_53_BITS
+    return bits.to(torch.float32 if tokens.device.type == "mps" else torch.float64) / (1 << 53)
+
+
 def document_positions(inputs: Mapping[str, Any]) -> Tensor:
     """Number the tokens of each document from its start, whatever pads or precedes it.
 

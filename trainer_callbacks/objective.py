@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from hf_ext.trainer_callbacks.installation import Installation
 from hf_ext.trainer_callbacks.meters import Meters
 
 #: Hooks that a subclass may define. Each is optional.
-HOOKS = ("corrupt", "token_loss", "step")
+HOOKS = ("corrupt", "on_layer", "token_loss", "loss_on_hidden", "step")
 #: With `logging_strategy="epoch"` over data of unknown length, measure the clean loss this often.
 STEPS_WITHOUT_EPOCH_LENGTH = 100
 
@@ -34,7 +34,7 @@ STEPS_WITHOUT_EPOCH_LENGTH = 100
 class Objective(TrainerCallback):
     """A training objective for `Trainer(..., callbacks=[Objective(...)])`.
 
-    Subclass it as a dataclass (`@dataclass(eq=False)`), one field an option, and define one of
+    Subclass it as a dataclass (`@dataclass(eq=False)`), one field an option, and define some of
 
     - `corrupt(inputs) -> inputs`: change what the model reads. Gets the batch on the device and
       returns a changed copy; labels stay. Draw random numbers with `self.uniform(inputs)`: they
@@ -43,6 +43,9 @@ class Objective(TrainerCallback):
     - `token_loss(logits, targets, **extra) -> (sum, count)`: replace the loss. `logits[:, i]`
       predicts `targets[:, i]`, -100 is ignored. The engine divides the sum by the number of targets
       in the whole accumulated batch; `count` serves only where the Trainer does not know that.
+    - `loss_on_hidden(states, logits, targets, to_logits, **extra) -> (sum, count)`: the same with the
+      states between the layers that `states_needed()` names; `to_logits` applies final norm and head.
+    - `on_layer(index, before, after, batch) -> after`: change what a decoder layer passes on.
     - `step(trainer, model, inputs, num_items_in_batch) -> loss`: replace the computation of the
       loss, with as many forward passes as it takes. Works through `attach(trainer, objective)` only.
 
@@ -96,6 +99,34 @@ class Objective(TrainerCallback):
         """Return the summed loss and the number of targets. See the class."""
         raise NotImplementedError
 
+    def on_layer(self, index: int, before: Tensor, after: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Return what layer `index` (from 0) passes on in training.
+
+        Called again when a checkpointed layer is recomputed, so it must give the same each time.
+
+        Args:
+            index: number of the layer.
+            before: (batch, length, hidden), what it read.
+            after: what it computed from that.
+            batch: what the model reads.
+        """
+        raise NotImplementedError
+
+    def states_needed(self) -> Iterable[int]:
+        """Name the states that `loss_on_hidden` wants in this step; state `e` is what `e` layers have made."""
+        raise NotImplementedError
+
+    def loss_on_hidden(
+        self,
+        states: Mapping[int, Tensor],
+        logits: Tensor,
+        targets: Tensor,
+        to_logits: Callable[[Tensor], Tensor],
+        **extra: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed loss and the number of targets. See the class."""
+        raise NotImplementedError
+
     def step(
         self, trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Tensor:
@@ -124,6 +155,16 @@ class Objective(TrainerCallback):
     def has(self, hook: str) -> bool:
         """Tell whether the subclass defines `hook` (one of `HOOKS`)."""
         return getattr(type(self), hook) is not getattr(Objective, hook)
+
+    @property
+    def replaces_loss(self) -> bool:
+        """Whether the loss on the model's logits is the objective's."""
+        return self.has("token_loss") or self.has("loss_on_hidden")
+
+    @property
+    def corrupts(self) -> bool:
+        """Whether the logits of a training pass are not those of a plain one."""
+        return self.has("corrupt") or self.has("on_layer")
 
     def describe(self) -> dict[str, Any]:
         """Return name, paper, options and hooks, for logs and model cards."""
@@ -173,14 +214,14 @@ class Objective(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop before an update that the objective had no part in."""
-        if self.has("corrupt") and not self._batches:
+        if self.corrupts and not self._batches:
             raise RuntimeError(
                 f"{self.name} saw no batch in this step: the training step does not call the model that the Trainer "
                 "gave to its callbacks. An objective needs a Trainer that calls `model(**inputs)`."
             )
-        if self.has("token_loss") and not self._losses:
+        if self.replaces_loss and not self._losses:
             raise RuntimeError(
-                f"{self.name}.token_loss was not asked in this step: something computes the loss without the model's "
+                f"the loss of {self.name} was not asked in this step: something computes the loss without the model's "
                 f"`loss_function` (a user `compute_loss_func`, a fused loss such as Liger's, or the model's own "
                 f"code). Switch that off, or use attach(trainer, {type(self).__name__}(...))."
             )
@@ -211,17 +252,22 @@ class Objective(TrainerCallback):
     def on_batch(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """Take a training batch on its way into the model and return the one it shall read."""
         self._batches += 1
-        if self.has("token_loss") and inputs.get("fused_lm_head"):
+        if self.replaces_loss and inputs.get("fused_lm_head"):
             raise ValueError(
                 f"{self.name} replaces the loss on logits, but this TRL trainer fuses the head with the loss and "
                 f"builds no logits. Use attach(trainer, {type(self).__name__}(...)), which computes the logits for it."
             )
-        if not self.has("corrupt"):
-            return inputs
+        if self.corrupts and self.clean_loss_due():
+            self.measure_clean_loss(model.forward, model, inputs)
+        if self.has("corrupt"):
+            inputs = self._corrupted(inputs)
+        if self._installation is not None:
+            self._installation.begin(inputs, self.states_needed() if self.has("loss_on_hidden") else ())
+        return inputs
+
+    def _corrupted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if inputs.get("input_ids") is None:
             raise ValueError(f"{self.name} changes input_ids, but the batch has only: {', '.join(inputs)}")
-        if self.clean_loss_due():
-            self.measure_clean_loss(model.forward, model, inputs)
         versions = {name: value._version for name, value in inputs.items() if isinstance(value, Tensor)}
         changed = self.corrupt(dict(inputs))
         for name, version in versions.items():
@@ -242,12 +288,16 @@ class Objective(TrainerCallback):
         self._losses += 1
         if num_items_in_batch is None:
             self.refuse_unknown_count()
-        if self.clean_loss_due() and not self.has("corrupt"):  # with a corruption, it was measured before
+        if self.clean_loss_due() and not self.corrupts:  # with a corruption, it was measured before
             with torch.no_grad():
                 self.record("clean_loss", *next_token_loss(logits.detach(), targets))
-        total, count = self.token_loss(logits, targets, **extra)
+        if self.has("loss_on_hidden"):
+            states, to_logits = self._installation.finish()  # type: ignore[union-attr]
+            total, count = self.loss_on_hidden(states, logits, targets, to_logits, **extra)
+        else:
+            total, count = self.token_loss(logits, targets, **extra)
         if total.dim():
-            raise ValueError(f"{self.name}.token_loss must return a summed scalar, got shape {tuple(total.shape)}")
+            raise ValueError(f"the loss of {self.name} must be a summed scalar, got shape {tuple(total.shape)}")
         denominator = count if num_items_in_batch is None else num_items_in_batch
         return total / (denominator.to(total.device) if isinstance(denominator, Tensor) else denominator)
 
@@ -291,7 +341,7 @@ class Objective(TrainerCallback):
         parallel = getattr(args, "parallelism_config", None)
         if parallel is not None and (parallel.sp_enabled or parallel.cp_enabled):
             raise ValueError(f"{mine} does not work with sequence or context parallelism: a row is on several devices.")
-        if self.has("token_loss") or self.has("step"):
+        if self.replaces_loss or self.has("step"):
             if args.label_smoothing_factor:
                 raise ValueError(f"{mine} replaces the loss, so label_smoothing_factor must be 0.")
             if getattr(args, "use_liger_kernel", False):

@@ -7,6 +7,7 @@ given, would silently decode something else; so each model is asked once, with a
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,10 @@ from hf_ext.generation.speculative.tree_state import TreeState
 
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = weakref.WeakKeyDictionary()
 
+#: Kinds of layers whose masks the engine can make.
+KINDS = ("full_attention", "sliding_attention")
+#: Longest window that is tried out.
+LONGEST = 1024
 #: Largest difference of logits, as a share of their spread, that rounding may explain, by bytes of a number.
 TOLERANCE = {4: 1e-3, 8: 1e-6, 2: 0.2}
 
@@ -42,21 +47,32 @@ def tree_problem(model: PreTrainedModel) -> str | None:
     return answers[implementation]
 
 
+def _own_window(config: Any) -> int:
+    """Return the longest window, up to `LONGEST`, that a model may apply by itself: a number in its config says so."""
+    found = [v for name, v in config.to_dict().items() if "window" in name and type(v) is int and v <= LONGEST]
+    context = getattr(config, "max_position_embeddings", None) or LONGEST
+    return max((value for value in found if value + 5 <= context), default=0)
+
+
 def _ask(model: PreTrainedModel) -> str | None:
     if not hasattr(model, "config") or model.config.is_encoder_decoder:
         return f"{type(model).__name__} is not a decoder-only language model"
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = (torch.arange(7, device=model.device) * 17 + 5) % vocabulary
-    prompts = [ids[:4], ids[1:4]]
-    branches = [[4, 5], [6]]  # two children of the prompt, the first with a child
+    config = model.config.get_text_config(decoder=True)
+    other = set(getattr(config, "layer_types", None) or ()) - set(KINDS)
+    if other:
+        return f"{type(model).__name__} has layers of the kind {', '.join(sorted(other))}"
+    length = max(4, _own_window(config) + 2)
+    ids = (torch.arange(length + 3, device=model.device) * 17 + 5) % config.vocab_size
+    prompts = [ids[:length], ids[1:length]]
+    branches = [[length, length + 1], [length + 2]]  # two children of the prompt, the first with a child
     plainly = model(ids[None, :4], use_cache=True, return_dict=True)
     if getattr(plainly, "past_key_values", None) is None:
         return f"{type(model).__name__} returned no cache"
     try:
         state = TreeState.fresh(model, lanes=2)
         padded = torch.stack([prompts[0], torch.cat([prompts[1], ids[:1]])])
-        state.read(padded, [4, 3])
-        nodes = torch.stack([ids[[4, 6, 5]]] * 2)
+        state.read(padded, [length, length - 1])
+        nodes = torch.stack([ids[[length, length + 2, length + 1]]] * 2)
         found = state.extend(nodes, [(-1, -1, 0)] * 2).logits
         worst = spread = 0.0
         for lane, prompt in enumerate(prompts):

@@ -58,7 +58,7 @@ class TreeStructure:
                    for n, c, d in zip(self.lengths, self.columns, self.depths, strict=True))  # fmt: skip
 
     def ancestor_bits(self) -> np.ndarray:
-        """Return the ancestors as bits, `(lanes or 1, queries, words)` uint64: node `j` is bit `j % 64` of word `j // 64`.
+        """Return the ancestors as `(lanes or 1, queries, words)` uint64; node `j` is bit `j % 64` of word `j // 64`.
 
         Example:
             >>> structure_of((3,), (3,), [(-1, 0, 0)], queries=3, keys=6).ancestor_bits().tolist()
@@ -70,14 +70,15 @@ class TreeStructure:
         return (words << np.arange(64, dtype=np.uint64)).sum(-1, dtype=np.uint64)
 
     def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return the mask as `(lanes or 1, 1, queries, keys)` bool, True where a query sees a key."""
+        """Return the mask as `(lanes, 1, queries, keys)` bool, True where a query sees a key."""
         tree = torch.from_numpy(self._windowed_ancestors()).to(device)
         if (
             len(set(self.columns)) == 1
             and len(set(self.lengths)) == 1
             and self.keys == self.columns[0] + tree.shape[-1]
         ):
-            return torch.cat([self._even_context(tree.shape[0], device), tree], dim=2)[:, None]
+            dense = torch.cat([self._even_context(tree.shape[0], device), tree], dim=2)
+            return dense[:, None].expand(len(self.columns), -1, -1, -1)
         columns = torch.tensor(self.columns, device=device)[:, None, None]
         number = torch.arange(self.keys, device=device) - columns  # (lanes, 1, keys), of the node
         nodes = tree.shape[-1]
@@ -192,7 +193,7 @@ def _block_mask(structure: TreeStructure, dtype: torch.dtype, device: torch.devi
     dense = structure.dense(device)[:, 0]
 
     def visible(lane: Any, head: Any, query: Any, key: Any) -> Any:
-        return dense[lane if dense.shape[0] > 1 else 0, query, key]
+        return dense[lane, query, key]
 
     return create_block_mask(
         visible, B=len(structure.lengths), H=None, Q_LEN=structure.queries, KV_LEN=structure.keys, device=str(device)
