@@ -1,0 +1,143 @@
+"""The methods that the speculative benchmark compares, as a table of records."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_ext import plugins
+from hf_ext.benchmarks.speculative_settings import Setting
+from hf_ext.cli.output import CliError
+from hf_ext.generation.report import DecodeReport
+
+#: A decoding call: `(inputs and settings of generate) -> (ids, our report if there is one)`.
+Call = Callable[..., tuple[torch.Tensor, "DecodeReport | None"]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one row of the table decodes.
+
+    Args:
+        name: as it stands in the table; for our methods the plugin's name.
+        options: options of the strategy's class beside `draft_model` and `draft_tokens`, which are filled in
+            from the setting where the class has them.
+        baseline: for transformers' own methods, `(setting, draft model, draft tokens) -> Call`.
+        needs_draft: for baselines, whether a draft model is needed; for ours the class tells.
+        exact: whether greedy output must be that of `generate`. False where the method has another law by design.
+        targets: names of the targets that it works with, for methods with parts trained on one; all by default.
+        required: `setting -> options` that cannot be defaulted, such as several drafts or trained parts.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    baseline: Callable[[Setting, PreTrainedModel | None, int], Call] | None = None
+    needs_draft: bool = False
+    exact: bool = True
+    targets: Sequence[str] | None = None
+    required: Callable[[Setting], Mapping[str, Any]] | None = None
+
+    def strategy_class(self) -> type | None:
+        """Return the plugin's class, or None where no such plugin is installed."""
+        if all(self.name != plugin.name for plugin in plugins.all(kind="strategy")):
+            return None
+        return plugins.get(self.name).load()
+
+    def takes_draft(self) -> bool:
+        """Return whether the method drafts with a second model."""
+        return self.needs_draft if self.baseline else "draft_model" in _fields(self.strategy_class())
+
+    def call(self, setting: Setting, draft: PreTrainedModel | None, draft_tokens: int) -> Call:
+        """Return what decodes once, with nothing left over from an earlier call."""
+        if self.baseline is not None:
+            return self.baseline(setting, draft, draft_tokens)
+        kind = self.strategy_class()
+        known = _fields(kind)
+        options = {**({"draft_tokens": draft_tokens} if "draft_tokens" in known else {}), **self.options}
+        if self.required is not None:
+            options |= self.required(setting)
+        if "draft_model" in known:
+            options.setdefault("draft_model", draft)
+
+        def run(**inputs: Any) -> tuple[torch.Tensor, DecodeReport | None]:
+            assert kind is not None
+            strategy = kind(**options)
+            return strategy.generate(setting.target, **inputs), strategy.report
+
+        return run
+
+
+def _fields(kind: type | None) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind) if f.init} if dataclasses.is_dataclass(kind) else set()
+
+
+def _plain(setting: Setting, draft: PreTrainedModel | None, draft_tokens: int) -> Call:
+    return lambda **inputs: (setting.target.generate(**inputs), None)
+
+
+def _assisted(setting: Setting, draft: PreTrainedModel | None, draft_tokens: int) -> Call:
+    def run(**inputs: Any) -> tuple[torch.Tensor, None]:
+        assert draft is not None
+        # transformers reads them from the draft model's settings and may change them: set for every call.
+        draft.generation_config.num_assistant_tokens = draft_tokens
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0
+        return setting.target.generate(**inputs, assistant_model=draft), None
+
+    return run
+
+
+def _lookup(setting: Setting, draft: PreTrainedModel | None, draft_tokens: int) -> Call:
+    return lambda **inputs: (setting.target.generate(**inputs, prompt_lookup_num_tokens=draft_tokens), None)
+
+
+PLAIN = Method("plain generate", baseline=_plain)
+BASELINES: tuple[Method, ...] = (
+    Method("transformers assisted", baseline=_assisted, needs_draft=True),
+    Method("transformers lookup", baseline=_lookup),
+)
+METHODS: tuple[Method, ...] = (
+    *BASELINES,
+    Method("speculative-decoding"),
+    Method("spectr"),
+    Method("recursive-speculative-decoding"),
+    Method("opt-tree"),
+    Method("dyspec"),
+    Method("staged-speculative-decoding"),
+    Method("token-recycling"),
+    Method("aded"),
+    Method("jacobi-decoding"),
+    Method("draft-and-verify"),
+    Method("speculative-contrastive-decoding", exact=False),
+    Method("banditspec"),
+    Method("prompt-lookup"),
+    Method("layerskip"),
+    Method("kangaroo", targets=("embedded",)),
+    Method("recurrent-drafter", targets=("embedded",)),
+    Method("hidden-transfer", targets=("embedded",)),
+)
+
+
+def select(names: str | None) -> list[Method]:
+    """Return the methods of a comma-separated list, all by default; `baselines` stands for those of transformers.
+
+    Raises:
+        CliError: a name is unknown.
+    """
+    if not names:
+        return list(METHODS)
+    by_name = {method.name: method for method in METHODS}
+    found: list[Method] = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name == "baselines":
+            found += BASELINES
+        elif name in by_name:
+            found.append(by_name[name])
+        else:
+            raise CliError(f"no method {name!r}; there are baselines, {', '.join(by_name)}")
+    return list(dict.fromkeys(found))
