@@ -148,9 +148,8 @@ def only_layers(model: nn.Module, start: int = 0, stop: int | None = None, state
             edit = _editor(lambda _: states)
             stack.callback(layers[0].register_forward_pre_hook(edit, with_kwargs=True).remove)
         for layer in skipped:
-            had = vars(layer).get("forward")
-            layer.forward = _pass_on
-            stack.callback(_restore_forward, layer, had)
+            stack.callback(_restore, layer, {name: vars(layer).get(name) for name in _OVERRIDDEN})
+            vars(layer).update(_OVERRIDDEN)
         yield
 
 
@@ -193,9 +192,13 @@ class TargetEnds:
         flat = states.reshape(-1, 1, states.shape[-1])
         places = torch.zeros(flat.shape[:2], dtype=torch.long, device=states.device)
         with only_layers(self.model, self.layers, states=flat):
-            # `forward`, not a call: hooks on the model belong to whoever is running it already
-            out = self.model.forward(
-                input_ids=places, attention_mask=torch.ones_like(places), position_ids=places, use_cache=False
+            # The class's forward, not a call: hooks and wrappers on this model belong to whoever is running it.
+            out = type(self.model).forward(
+                self.model,
+                input_ids=places,
+                attention_mask=torch.ones_like(places),
+                position_ids=places,
+                use_cache=False,
             )
         return out.logits.reshape(*states.shape[:-1], -1)
 
@@ -241,11 +244,16 @@ def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
-def _restore_forward(layer: nn.Module, had: Any) -> None:
-    if had is None:
-        vars(layer).pop("forward", None)
-    else:
-        layer.forward = had
+#: Attributes of a layer that is left out. One that recomputes itself would find its own forward again by then.
+_OVERRIDDEN = {"forward": _pass_on, "gradient_checkpointing": False}
+
+
+def _restore(layer: nn.Module, had: Mapping[str, Any]) -> None:
+    for name, value in had.items():
+        if value is None:
+            vars(layer).pop(name, None)
+        else:
+            vars(layer)[name] = value
 
 
 def _reader(found: dict[int, Tensor], state: int) -> Any:

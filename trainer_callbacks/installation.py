@@ -46,6 +46,7 @@ class Installation:
         self._batch: dict[str, Any] = {}
         self._wanted: set[int] = set()
         self._states: dict[int, Tensor] = {}
+        self.quiet = False
         if objective.has("on_layer") or objective.has("loss_on_hidden"):
             self._hook_layers(objective, model)
         self._finalizer = weakref.finalize(objective, self._take_off)
@@ -68,7 +69,15 @@ class Installation:
                 f"the states after layers {sorted(missing) or sorted(states)} cannot be trained on: gradient "
                 'checkpointing hides them. Use gradient_checkpointing_kwargs={"use_reentrant": False} or none.'
             )
-        return states, self._ends.logits
+        return states, self._to_logits
+
+    def _to_logits(self, states: Tensor) -> Tensor:
+        """Apply final norm and head; where that means running the model without its layers, keep their hooks quiet."""
+        self.quiet = True
+        try:
+            return self._ends.logits(states)
+        finally:
+            self.quiet = False
 
     def _hook_layers(self, objective: Objective, model: nn.Module) -> None:
         self._ends = TargetEnds(model)
@@ -143,7 +152,9 @@ class _LayerHook:
     @torch.compiler.disable
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         objective, installation = self._objective(), self._installation()
-        if objective is None or installation is None or layer is not self._layer() or not layer.training:
+        if objective is None or installation is None or layer is not self._layer():
+            return None
+        if installation.quiet or not (layer.training and torch.is_grad_enabled()):
             return None
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(layer).__name__} returns a {type(output).__name__}, not its hidden states")

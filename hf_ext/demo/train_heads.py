@@ -131,7 +131,7 @@ def train_layerskip(args: argparse.Namespace) -> None:
 
     from hf_ext.trainer_callbacks.layerskip import LayerSkipTraining
 
-    options: dict[str, Any] = {"layer_dropout": 0.1, "early_exit_scale": 1.0, "curriculum": "rotational", "period": 3}
+    options: dict[str, Any] = {"layer_dropout": 0.1, "early_exit_scale": 1.0, "curriculum": "rotational", "period": 2}
     train, held_out = windows(args.seed, args.steps, args.batch)
     target = embedded_target()
     before = exit_figures(target, held_out)
