@@ -29,6 +29,8 @@ class DraftModel:
         self.state = TreeState.fresh(model, len(context.lanes))
         #: For every lane, which of its nodes have been read, in the order of reading.
         self.read_nodes: list[list[int]] = [[] for _ in context.lanes]
+        #: For every lane the place of the root among what has been read since the last `observe`; -1 where it is held.
+        self.roots: list[int] = [-1] * len(context.lanes)
 
     @property
     def calls(self) -> int:
@@ -38,16 +40,55 @@ class DraftModel:
     @torch.no_grad()
     def catch_up(self, context: DraftContext) -> torch.Tensor:
         """Read what the texts have got since the last time; return the `(lanes, vocabulary)` logits that follow."""
-        counts = [len(text) - held for text, held in zip(context.texts, self.state.lengths, strict=True)]
-        longest = max(counts)
-        rows = [text[-count:] + [0] * (longest - count) for text, count in zip(context.texts, counts, strict=True)]
-        tokens = torch.tensor(rows, device=self.state.device)
+        tokens, counts = self._unread(context)
         logits = self.state.read(tokens, counts).logits
         self.read_nodes = [[] for _ in counts]
-        if longest == 1 or len(set(counts)) == 1:
+        if len(set(counts)) == 1:
             return logits[:, -1].to(context.device)
         last = torch.tensor(counts, device=logits.device) - 1
         return logits[torch.arange(len(counts), device=logits.device), last].to(context.device)
+
+    @torch.no_grad()
+    def catch_up_and_extend(
+        self, context: DraftContext, tokens: torch.Tensor, nodes: list[list[int]], parents: list[list[int]]
+    ) -> torch.Tensor:
+        """Read what the texts have got since the last time and, in the same forward pass, nodes under the roots.
+
+        Args:
+            context: the call.
+            tokens: `(lanes, n)` int64 of the nodes.
+            nodes: their numbers, as in `extend`.
+            parents: likewise.
+
+        Returns:
+            `(lanes, 1 + n, vocabulary)` logits that follow the text and each node.
+        """
+        text, counts = self._unread(context)
+        longest, device = text.shape[1], self.state.device
+        # The texts stay a part of the tree until `observe` settles them: what hangs below must not be forgotten.
+        self.roots = [count - 1 for count in counts]
+        self.read_nodes = [[-1] * longest + row for row in nodes]
+        chain = tuple(range(-1, longest - 1))
+        above = [chain + row for row in self._places(parents)]
+        logits = self.state.extend(torch.cat([text, tokens.to(device)], dim=1), above).logits
+        places = [[root, *range(longest, logits.shape[1])] for root in self.roots]
+        lanes = torch.arange(len(counts), device=logits.device)[:, None]
+        return logits[lanes, torch.tensor(places, device=logits.device)].to(tokens.device)
+
+    def _unread(self, context: DraftContext) -> tuple[torch.Tensor, list[int]]:
+        """Return what the model has not read of the texts, padded on the right, and the tokens of each."""
+        counts = [len(text) - held for text, held in zip(context.texts, self.state.lengths, strict=True)]
+        longest = max(counts)
+        rows = [text[-count:] + [0] * (longest - count) for text, count in zip(context.texts, counts, strict=True)]
+        return torch.tensor(rows, device=self.state.device), counts
+
+    def _places(self, parents: list[list[int]]) -> list[tuple[int, ...]]:
+        """Turn numbers of nodes that are noted as read into their places."""
+        found = []
+        for read, root, row in zip(self.read_nodes, self.roots, parents, strict=True):
+            at = {node: place for place, node in enumerate(read)}
+            found.append(tuple(at[parent] if parent >= 0 else root for parent in row))
+        return found
 
     @torch.no_grad()
     def extend(
@@ -58,31 +99,28 @@ class DraftModel:
         Args:
             tokens: `(lanes, n)` int64.
             nodes: their numbers in each lane's tree.
-            parents: the number of the node above each, which has been read, -1 for the root; a chain by default.
+            parents: the number of the node above each, which has been read or stands before it here, -1 for
+                the root; a chain by default.
 
         Returns:
             `(lanes, n, vocabulary)` logits that follow them.
         """
-        above = None
-        if parents is not None:
-            above = []
-            for read, row in zip(self.read_nodes, parents, strict=True):
-                at = {node: place for place, node in enumerate(read)}
-                above.append(tuple(at[parent] if parent >= 0 else -1 for parent in row))
         for read, new in zip(self.read_nodes, nodes, strict=True):
             read.extend(new)
+        above = None if parents is None else self._places(parents)
         return self.state.extend(tokens.to(self.state.device), above).logits.to(tokens.device)
 
     def observe(self, verified: Verified) -> None:
         """Keep what was read of the accepted paths, and go on with the lanes that go on."""
         paths = []
-        for read, outcome in zip(self.read_nodes, verified.outcomes, strict=True):
+        for read, root, outcome in zip(self.read_nodes, self.roots, verified.outcomes, strict=True):
             at = {node: place for place, node in enumerate(read)}
-            paths.append([at[node] for node in outcome.nodes if node in at])
+            paths.append([*range(root + 1), *(at[node] for node in outcome.nodes if node in at)])
         self.state.settle(paths)
         if len(verified.continues) < len(verified.outcomes) and verified.continues:
             self.state.select(verified.continues)
         self.read_nodes = [[] for _ in verified.continues]
+        self.roots = [-1] * len(verified.continues)
 
 
 def check_draft_model(draft: PreTrainedModel, target: PreTrainedModel, strategy: str) -> None:
@@ -129,7 +167,12 @@ class ChainDrafter(ModelDrafter):
         model: the draft model.
         length: tokens to draft.
         confidence: draft no further where the draft model's likeliest token has a probability below this.
+
+    Attributes:
+        seen: the draft model's `(lanes, vocabulary)` logits at the root and at every node but the last.
     """
+
+    seen: list[torch.Tensor]
 
     def __init__(self, model: PreTrainedModel, length: int, confidence: float = 0.0) -> None:
         super().__init__(model)
@@ -145,10 +188,12 @@ class ChainDrafter(ModelDrafter):
         prefixes: list[list[int]] = [[] for _ in lanes]
         laws: list[torch.Tensor] = []
         columns: list[torch.Tensor] = []
+        seen = [logits]
         sizes = [depth] * len(lanes)
         for place in range(depth):
             if place:
                 logits = self.draft.extend(columns[-1][:, None], [[place - 1]] * len(lanes))[:, 0]
+                seen.append(logits)
             scores = context.process(lanes, prefixes, logits)
             law = None if context.greedy and not self.confidence else scores.softmax(-1)
             if self.confidence and law is not None and place:
@@ -167,4 +212,5 @@ class ChainDrafter(ModelDrafter):
         # The law at the last node is not known and not needed: nothing was drafted below it.
         table = torch.stack([*laws, laws[-1]], dim=1) if laws else None
         drafted = torch.stack(columns, dim=1)
+        self.seen = seen[: len(columns)]
         return DraftTree.chain(drafted, table, sizes=[min(size, drafted.shape[1]) for size in sizes])

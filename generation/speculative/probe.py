@@ -58,6 +58,9 @@ def _ask(model: PreTrainedModel) -> str | None:
     if not hasattr(model, "config") or model.config.is_encoder_decoder:
         return f"{type(model).__name__} is not a decoder-only language model"
     config = model.config.get_text_config(decoder=True)
+    problem = adapter.row_addressing_problem(adapter.empty_cache(model))
+    if problem is not None:
+        return f"{type(model).__name__} cannot forget tokens that were rejected: {problem}"
     other = set(getattr(config, "layer_types", None) or ()) - set(KINDS)
     if other:
         return f"{type(model).__name__} has layers of the kind {', '.join(sorted(other))}"

@@ -19,7 +19,9 @@ from hf_ext.generation.speculative.tree import DraftTree
 Rule = Callable[[torch.Tensor, torch.Tensor | None, list[int]], Generator[float, None, torch.Tensor]]
 
 
-def verify(tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: Rule) -> list[Outcome]:
+def verify(
+    tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: Rule, raw: torch.Tensor | None = None
+) -> list[Outcome]:
     """Find the accepted path of every lane and the token that follows it.
 
     Args:
@@ -27,13 +29,14 @@ def verify(tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: R
         logits: `(lanes, nodes + 1, vocabulary)` of the target at the root and at every node.
         context: the call.
         rule: the acceptance rule, where tokens are drawn.
+        raw: what the caller is shown as the model's logits, if those are not it.
 
     Returns:
         One outcome a lane.
     """
     if context.greedy and context.plain and not (context.run.keep_scores or context.run.keep_logits):
         return _likeliest(tree, logits)
-    return _walk(tree, logits, context, rule)
+    return _walk(tree, logits, context, rule, logits if raw is None else raw)
 
 
 def _likeliest(tree: DraftTree, logits: torch.Tensor) -> list[Outcome]:
@@ -58,7 +61,7 @@ def _likeliest(tree: DraftTree, logits: torch.Tensor) -> list[Outcome]:
     return outcomes
 
 
-def _walk(tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: Rule) -> list[Outcome]:
+def _walk(tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: Rule, raw: torch.Tensor) -> list[Outcome]:
     """Go down all trees side by side, one node a lane at a time."""
     run = context.run
     outcomes = [Outcome([], [], [], []) for _ in range(tree.lanes)]
@@ -83,7 +86,7 @@ def _walk(tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: Ru
             if run.keep_scores:
                 outcome.scores.append(scores[line])
             if run.keep_logits:
-                outcome.logits.append(lines[line])
+                outcome.logits.append(raw[lane, at[lane] + 1])
             node = next((node for node in children[line] if drafted[lane][node] == token), None)
             if node is not None:
                 outcome.nodes.append(node)

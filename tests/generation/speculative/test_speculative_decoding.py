@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from hf_ext.generation.speculative.acceptance import acceptance_rate, expected_tokens
 from hf_ext.generation.speculative_decoding import SpeculativeDecoding
 from hf_ext.testing import exactness, tiny_models
 from hf_ext.testing.strategy import StrategyConformance
-from hf_ext.testing.tiny_models import PAD
 
 
 def draft(kind: str = "llama", strength: float = 0.15):
