@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from hf_ext.generation.cautious import CautiousDecoding as CautiousDecoding
     from hf_ext.generation.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from hf_ext.generation.report import DecodeReport as DecodeReport
+    from hf_ext.generation.speculative.drafter import Drafter as Drafter
+    from hf_ext.generation.speculative.engine import Speculative as Speculative
+    from hf_ext.generation.speculative.tree import DraftTree as DraftTree
+    from hf_ext.generation.speculative_contrastive_decoding import (
+        SpeculativeContrastiveDecoding as SpeculativeContrastiveDecoding,
+    )
+    from hf_ext.generation.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
     from hf_ext.generation.strategy import DecodingStrategy as DecodingStrategy
 
 __getattr__, __all__ = lazy_attributes(
@@ -19,6 +26,11 @@ __getattr__, __all__ = lazy_attributes(
         "ContrastiveSearch": "contrastive_search",
         "DecodeReport": "report",
         "DecodingStrategy": "strategy",
+        "DraftTree": "speculative.tree",
+        "Drafter": "speculative.drafter",
+        "Speculative": "speculative.engine",
+        "SpeculativeContrastiveDecoding": "speculative_contrastive_decoding",
+        "SpeculativeDecoding": "speculative_decoding",
     },
 )
 

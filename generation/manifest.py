@@ -25,4 +25,26 @@ PLUGINS = (
         claims="hf_ext.claims.cautious_decoding:CLAIMS",
         example="CautiousDecoding(max_trials=10).generate(model, **inputs, tokenizer=tokenizer)",
     ),
+    Plugin(
+        name="speculative-decoding",
+        kind="strategy",
+        summary="A small model drafts a few tokens, the target checks them in one call; the text is exactly the "
+        "target's, greedy or sampled, for every row of a batch.",
+        target="hf_ext.generation.speculative_decoding:SpeculativeDecoding",
+        paper="Fast Inference from Transformers via Speculative Decoding (arXiv:2211.17192)",
+        covers=("speculative-decoding",),
+        claims="hf_ext.claims.speculative_decoding:CLAIMS",
+        example="model.generate(**inputs, custom_generate=SpeculativeDecoding(draft_model=draft, draft_tokens=4))",
+    ),
+    Plugin(
+        name="speculative-contrastive-decoding",
+        kind="strategy",
+        summary="Contrastive decoding at the price of speculative decoding: the amateur whose faults are subtracted "
+        "also drafts.",
+        target="hf_ext.generation.speculative_contrastive_decoding:SpeculativeContrastiveDecoding",
+        paper="Speculative Contrastive Decoding (arXiv:2311.08981)",
+        covers=("speculative-contrastive-decoding",),
+        claims="hf_ext.claims.speculative_contrastive_decoding:CLAIMS",
+        example="model.generate(**inputs, custom_generate=SpeculativeContrastiveDecoding(draft_model=amateur))",
+    ),
 )
