@@ -27,7 +27,8 @@ class Columns:
 
     Args:
         lanes: number of lanes.
-        window: sliding window of the layers, None for those that keep all tokens.
+        window: sliding window of the layers, None for those without.
+        drops: whether tokens that have left the window are dropped.
 
     Attributes:
         dropped: for every lane the tokens before its column 0.
@@ -37,8 +38,8 @@ class Columns:
         limit: columns there can be, None for any number.
     """
 
-    def __init__(self, lanes: int, window: int | None) -> None:
-        self.window = window
+    def __init__(self, lanes: int, window: int | None, drops: bool = True) -> None:
+        self.window, self.drops = window, drops
         self.dropped = [0] * lanes
         self.start: int | None = 0
         self.slots: torch.Tensor | None = None
@@ -83,7 +84,7 @@ class Columns:
 
     def trim(self, lengths: list[int]) -> None:
         """Drop what has left the window, once there is much of it."""
-        if self.window is None:
+        if self.window is None or not self.drops:
             return
         surplus = [max(n - d - (self.window - 1), 0) for n, d in zip(lengths, self.dropped, strict=True)]
         if max(surplus, default=0) < SLACK:
@@ -210,7 +211,7 @@ class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self.values = self.values.index_select(0, lanes.to(self.values.device))
 
     def _room(self, needed: int) -> int:
-        room = max(needed + needed // 2, needed + 64)
+        room = needed + max(needed // 8, 64)  # few copies, and never much more than is needed
         return room if self.columns.limit is None else max(min(room, self.columns.limit), needed)
 
     def _grow(self, needed: int) -> None:
@@ -236,22 +237,27 @@ class RowCache(Cache):
     """The cache of one model, addressed by row.
 
     Args:
-        model_cache: a cache of the model, whose layers say which of them have a window. Its tokens
-            are taken over if `kept` says which.
+        model_cache: a cache of the model. Its tokens are taken over if `kept` says which.
+        windows: sliding window of each of the model's layers, None for those without.
         lanes: number of lanes.
         kept: `(lanes, columns)` bool, the columns of `model_cache` that hold tokens.
         limit: tokens there will be at most, trees included; None if that is not known.
     """
 
     def __init__(
-        self, model_cache: Cache, lanes: int, kept: torch.Tensor | None = None, limit: int | None = None
+        self,
+        model_cache: Cache,
+        windows: list[int | None],
+        lanes: int,
+        kept: torch.Tensor | None = None,
+        limit: int | None = None,
     ) -> None:
         self.groups: dict[int | None, Columns] = {}
         layers = []
-        for layer in model_cache.layers:
-            window = adapter.layer_window(layer)
+        for layer, window in zip(model_cache.layers, windows, strict=True):
             if window not in self.groups:
-                self.groups[window] = Columns(lanes, window)
+                # A caller's cache may keep all tokens although the model does not look at them.
+                self.groups[window] = Columns(lanes, window, drops=adapter.layer_window(layer) is not None)
                 if window is None:
                     self.groups[window].limit = limit
             columns = self.groups[window]

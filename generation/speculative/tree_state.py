@@ -13,13 +13,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.generation import MaxLengthCriteria
 from transformers.utils import ModelOutput
 
 from hf_ext import adapter
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.speculative.row_cache import RowCache, write_back
 from hf_ext.generation.speculative.tree_attention import TreeStructure, mask_for, structure_of
+
+#: Columns that trees of usual size take; what is reserved beyond the longest text.
+SCRATCH = 64
 
 
 class TreeState:
@@ -68,7 +72,7 @@ class TreeState:
         problem = adapter.row_addressing_problem(cache)
         if problem is not None:
             raise ValueError(f"{type(model).__name__} cannot forget tokens that were rejected: {problem}")
-        return cls(model, RowCache(cache, lanes, limit=limit), [0] * lanes)
+        return cls(model, RowCache(cache, _windows(model, cache), lanes, limit=limit), [0] * lanes)
 
     @classmethod
     def from_prompt(cls, run: DecodingRun, **forward: Any) -> tuple[TreeState, ModelOutput]:
@@ -110,7 +114,9 @@ class TreeState:
             offset = ahead - torch.tensor(lengths, device=positions.device)[:, None]
             if not bool(offset.any()):
                 offset = None
-        cache = RowCache(run.cache, batch, kept)
+        room = [int(c.max_length) for c in run.stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        limit = max(lengths) + min(room) - run.prompt_length + SCRATCH if room else None
+        cache = RowCache(run.cache, _windows(run.model, run.cache), batch, kept, limit)
         return cls(run.model, cache, lengths, offset, _of_batch(kwargs, batch)), outputs
 
     @property
@@ -267,6 +273,13 @@ def _kinds(config: Any, cache: RowCache) -> dict[str, int | None] | None:
     for name, layer in zip(config.layer_types, cache.layers, strict=False):
         kinds[name] = layer.columns.window
     return kinds
+
+
+def _windows(model: PreTrainedModel, cache: Cache) -> list[int | None]:
+    """Return the sliding window of each layer of a cache, as the model's own cache would have it."""
+    own = adapter.empty_cache(model).layers
+    layers = own if len(own) == len(cache.layers) else cache.layers
+    return [adapter.layer_window(layer) for layer in layers]
 
 
 def _generic_preparation() -> Any:
