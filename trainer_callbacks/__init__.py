@@ -9,12 +9,22 @@ from hf_ext.lazy import lazy_attributes
 if TYPE_CHECKING:
     from hf_ext.trainer_callbacks.attachment import attach as attach
     from hf_ext.trainer_callbacks.attachment import detach as detach
+    from hf_ext.trainer_callbacks.draft_head import TrainDraftHead as TrainDraftHead
+    from hf_ext.trainer_callbacks.layerskip import LayerSkipTraining as LayerSkipTraining
     from hf_ext.trainer_callbacks.meap import MEAP as MEAP
     from hf_ext.trainer_callbacks.objective import Objective as Objective
 
 # no submodule may bear the name of one of these: importing it would hide the attribute
 __getattr__, __all__ = lazy_attributes(
-    __name__, {"MEAP": "meap", "Objective": "objective", "attach": "attachment", "detach": "attachment"}
+    __name__,
+    {
+        "LayerSkipTraining": "layerskip",
+        "MEAP": "meap",
+        "Objective": "objective",
+        "TrainDraftHead": "draft_head",
+        "attach": "attachment",
+        "detach": "attachment",
+    },
 )
 
 

@@ -106,7 +106,7 @@ class ObjectiveMixin:
             return self._objective_step(model, inputs, **rest)
         self.objective._popped_labels = inputs.get("labels")
         given = self.compute_loss_func  # type: ignore[has-type]
-        if self.objective.replaces_loss:
+        if self.objective.loss_hook:
             if given is not None:
                 raise ValueError(f"{self.objective.name} replaces the loss; do not pass compute_loss_func as well")
             self.compute_loss_func = _as_loss_func(self.objective, inputs)

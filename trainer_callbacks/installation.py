@@ -29,18 +29,16 @@ class Installation:
     """
 
     def __init__(self, objective: Objective, model: nn.Module) -> None:
-        for hook in model._forward_pre_hooks.values():
-            other = hook.objective() if isinstance(hook, _BatchHook) else None
-            if other is not None:
-                raise ValueError(
-                    f"{objective.name} cannot be combined with {other.name}: the model already has an objective. "
-                    "Train with one objective at a time, or remove the other one from the callbacks."
-                )
+        if (other := objective_on(model)) is not None:
+            raise ValueError(
+                f"{objective.name} cannot be combined with {other.name}: the model already has an objective. "
+                "Train with one objective at a time, or remove the other one from the callbacks."
+            )
         self.model = model
         self.lines = [f"forward pre-hook on {type(model).__name__}: {', '.join(_duties(objective))}"]
         self._handle = model.register_forward_pre_hook(_BatchHook(objective, model), with_kwargs=True)
         self._loss_owner: nn.Module | None = None
-        if objective.replaces_loss:
+        if objective.loss_hook:
             self._replace_loss(objective, model)
         self._layer_handles: list[Any] = []
         self._batch: dict[str, Any] = {}
@@ -95,8 +93,7 @@ class Installation:
         self._had_loss = "_loss_function" in vars(owner)
         self._original_loss = owner.loss_function
         owner.loss_function = _LossHook(objective, owner, owner.loss_function)
-        hook = "token_loss" if objective.has("token_loss") else "loss_on_hidden"
-        self.lines.append(f"loss_function of {type(owner).__name__}: {objective.name}.{hook}")
+        self.lines.append(f"loss_function of {type(owner).__name__}: {objective.name}.{objective.loss_hook}")
 
     def _take_off(self) -> None:
         self._handle.remove()
@@ -109,6 +106,14 @@ class Installation:
                 self._loss_owner.loss_function = self._original_loss  # type: ignore[assignment]
             else:
                 vars(self._loss_owner).pop("_loss_function", None)
+
+
+def objective_on(model: nn.Module) -> Objective | None:
+    """Return the objective that has its hooks on a model, if one has."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, _BatchHook) and (found := hook.objective()) is not None:
+            return found
+    return None
 
 
 def _duties(objective: Objective) -> list[str]:

@@ -157,9 +157,9 @@ class Objective(TrainerCallback):
         return getattr(type(self), hook) is not getattr(Objective, hook)
 
     @property
-    def replaces_loss(self) -> bool:
-        """Whether the loss on the model's logits is the objective's."""
-        return self.has("token_loss") or self.has("loss_on_hidden")
+    def loss_hook(self) -> str | None:
+        """Name of the hook that replaces the loss on the model's logits, if one does."""
+        return next((hook for hook in ("loss_on_hidden", "token_loss") if self.has(hook)), None)
 
     @property
     def corrupts(self) -> bool:
@@ -219,11 +219,11 @@ class Objective(TrainerCallback):
                 f"{self.name} saw no batch in this step: the training step does not call the model that the Trainer "
                 "gave to its callbacks. An objective needs a Trainer that calls `model(**inputs)`."
             )
-        if self.replaces_loss and not self._losses:
+        if self.loss_hook and not self._losses:
             raise RuntimeError(
-                f"the loss of {self.name} was not asked in this step: something computes the loss without the model's "
-                f"`loss_function` (a user `compute_loss_func`, a fused loss such as Liger's, or the model's own "
-                f"code). Switch that off, or use attach(trainer, {type(self).__name__}(...))."
+                f"{self.name}.{self.loss_hook} was not asked in this step: something computes the loss without the "
+                f"model's `loss_function` (a user `compute_loss_func`, a fused loss such as Liger's, or the model's "
+                f"own code). Switch that off, or use attach(trainer, {type(self).__name__}(...))."
             )
 
     def on_log(
@@ -252,7 +252,7 @@ class Objective(TrainerCallback):
     def on_batch(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """Take a training batch on its way into the model and return the one it shall read."""
         self._batches += 1
-        if self.replaces_loss and inputs.get("fused_lm_head"):
+        if self.loss_hook and inputs.get("fused_lm_head"):
             raise ValueError(
                 f"{self.name} replaces the loss on logits, but this TRL trainer fuses the head with the loss and "
                 f"builds no logits. Use attach(trainer, {type(self).__name__}(...)), which computes the logits for it."
@@ -297,7 +297,9 @@ class Objective(TrainerCallback):
         else:
             total, count = self.token_loss(logits, targets, **extra)
         if total.dim():
-            raise ValueError(f"the loss of {self.name} must be a summed scalar, got shape {tuple(total.shape)}")
+            raise ValueError(
+                f"{self.name}.{self.loss_hook} must return a summed scalar, got shape {tuple(total.shape)}"
+            )
         denominator = count if num_items_in_batch is None else num_items_in_batch
         return total / (denominator.to(total.device) if isinstance(denominator, Tensor) else denominator)
 
@@ -341,7 +343,7 @@ class Objective(TrainerCallback):
         parallel = getattr(args, "parallelism_config", None)
         if parallel is not None and (parallel.sp_enabled or parallel.cp_enabled):
             raise ValueError(f"{mine} does not work with sequence or context parallelism: a row is on several devices.")
-        if self.replaces_loss or self.has("step"):
+        if self.loss_hook or self.has("step"):
             if args.label_smoothing_factor:
                 raise ValueError(f"{mine} replaces the loss, so label_smoothing_factor must be 0.")
             if getattr(args, "use_liger_kernel", False):
