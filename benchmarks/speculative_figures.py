@@ -46,14 +46,17 @@ def figures(
     if row.status != "ok" or not samples:
         return found
     found |= counts(samples, tokens)
-    base = {(sample.prompt, sample.round): sample.seconds for sample in plain.samples}
+    # The least of a prompt's rounds: an interruption there would make every method look fast.
+    prefill = {prompt: min(seconds) for prompt, seconds in plain.prefill.items()}
+    base = {(s.prompt, s.round): s.seconds - prefill[s.prompt] for s in plain.samples}
     ratios = []
     for prompt in sorted({sample.prompt for sample in samples}):
-        mine = [base[prompt, s.round] / s.seconds for s in samples if s.prompt == prompt]
+        mine = [base[prompt, s.round] / (s.seconds - prefill[prompt]) for s in samples if s.prompt == prompt]
         ratios.append(statistics.median(mine))
     found["speed"], found["speed_spread"] = statistics.median(ratios), list(spread(ratios))
     # The first token is the prompt's.
-    found["ms_per_token"] = 1e3 * statistics.median(sample.seconds for sample in samples) / (tokens - 1)
+    rest = statistics.median(s.seconds - prefill[s.prompt] for s in samples)
+    found["ms_per_token"] = 1e3 * rest / (tokens - 1)
     if row.memory is not None and plain.memory is not None:
         found["memory_mib"] = row.memory
         found["memory_of_plain_and_draft"] = (weights + row.draft_memory + row.memory) / (

@@ -140,4 +140,4 @@ def select(names: str | None) -> list[Method]:
             found.append(by_name[name])
         else:
             raise CliError(f"no method {name!r}; there are baselines, {', '.join(by_name)}")
-    return list(dict.fromkeys(found))
+    return list({method.name: method for method in found}.values())

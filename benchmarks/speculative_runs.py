@@ -21,7 +21,7 @@ Tick = Callable[[str], None]
 
 @dataclass
 class Sample:
-    """One run: which prompt and round, the seconds after those of plain `generate` for the first token, and counts."""
+    """One run: which prompt and round, its seconds, and counts."""
 
     prompt: int
     round: int
@@ -43,6 +43,7 @@ class Row:
         status: `"ok"`; `"differs"` where a greedy text is not that of plain `generate`; `"not installed"`,
             `"not for this target"`; or `"failed: ..."`.
         samples: the timed runs.
+        prefill: of plain `generate`, by prompt, the seconds of the prompt and the first token, once each round.
         memory: MiB that the resident memory grew by at most, and the weights of the draft.
     """
 
@@ -50,6 +51,7 @@ class Row:
     draft: str | None = None
     status: str = "ok"
     samples: list[Sample] = field(default_factory=list)
+    prefill: dict[int, list[float]] = field(default_factory=dict)
     memory: float | None = None
     draft_memory: float = 0.0
 
@@ -108,40 +110,40 @@ def measure(
         elif row.method.exact and not torch.equal(out, expected[at]):
             row.status = "differs"
 
-    def turn(row: Row, at: int, number: int, prefill: float | None) -> None:
-        """Run once; the run is timed if the seconds of the first token are given."""
+    def turn(row: Row, at: int, number: int) -> None:
+        """Run once; round 0 is the warm-up."""
         try:
-            sample, out = _run(setting, row, at, number, generate, draft_tokens, prefill or 0.0)
+            sample, out = _run(setting, row, at, number, generate, draft_tokens)
             check(row, at, out)
         except Exception as error:  # one method that fails must not take the others with it; `main` ends with an error
             row.status = f"failed: {one_line(error)}"
             return
-        if prefill is not None:
+        if number:
             row.samples.append(sample)
         tick(row.method.name)
 
     def weigh(row: Row) -> None:
         try:
-            row.memory = peak_memory(lambda: _run(setting, row, longest, 0, generate, draft_tokens, 0.0))
+            row.memory = peak_memory(lambda: _run(setting, row, longest, 0, generate, draft_tokens))
         except Exception as error:
             row.status = f"failed: {one_line(error)}"
             return
         tick(row.method.name)
 
     with torch.random.fork_rng(devices=[]):
-        for step in (lambda row: turn(row, longest, 0, None), weigh):
+        for step in (lambda row: turn(row, longest, 0), weigh):
             for row in rows:
                 if row.status == "ok":
                     step(row)
         for number in range(1, rounds + 1):
             for at, prompt in enumerate(setting.prompts):
-                prefill = first_token(setting.target, inputs_of(prompt))
+                rows[0].prefill.setdefault(at, []).append(first_token(setting.target, inputs_of(prompt)))
                 # Plain comes first, as its text is what the others are compared with; the others rotate.
                 others = list(rows[1:])
                 start = (number + at) % max(1, len(others))
                 for row in [rows[0], *others[start:], *others[:start]]:
                     if row.status == "ok":
-                        turn(row, at, number, prefill)
+                        turn(row, at, number)
 
 
 def inputs_of(prompt: Prompt) -> dict[str, torch.Tensor]:
@@ -155,7 +157,7 @@ def first_token(target: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> flo
 
 
 def _run(
-    setting: Setting, row: Row, at: int, number: int, generate: dict[str, Any], draft_tokens: int, prefill: float
+    setting: Setting, row: Row, at: int, number: int, generate: dict[str, Any], draft_tokens: int
 ) -> tuple[Sample, torch.Tensor]:
     """Decode one prompt with one method, counted by hooks."""
     draft = setting.drafts[row.draft] if row.draft is not None else None
@@ -171,8 +173,10 @@ def _run(
             with Passes(draft) as passes:
                 (out, report), seconds = timed(lambda: call(**inputs))
             drafted = passes.calls
+    if not target.calls:
+        raise RuntimeError("it never called the target through all its layers")
     sample = Sample(
-        at, number, seconds - prefill, target.calls,
+        at, number, seconds, target.calls,
         target.positions - prompt.ids.shape[1] + 1,  # the prompt costs everybody the same
         drafted + target.partial_calls, target.partial_work, None if report is None else report.as_dict(),
     )  # fmt: skip
@@ -201,8 +205,8 @@ def batches(
         seconds: dict[int, list[float]] = {i: [] for i in range(len(chosen))}
         status = ["ok"] * len(chosen)
         expected: torch.Tensor | None = None
+        prefill = min(first_token(setting.target, inputs) for _ in range(rounds + 1))
         for number in range(rounds + 1):
-            prefill = first_token(setting.target, inputs)
             for i, row in enumerate(chosen):
                 if status[i] != "ok":
                     continue

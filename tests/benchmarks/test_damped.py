@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_ext.benchmarks import damped
 from hf_ext.testing import tiny_models
@@ -52,8 +52,6 @@ def test_the_default_shape_has_more_than_300_million_parameters() -> None:
     with torch.device("meta"):  # counts without the memory
         config = {"hidden_size": damped.HIDDEN, "intermediate_size": damped.INTERMEDIATE, "vocab_size": 4096}
         heads = {"num_attention_heads": damped.HIDDEN // 32, "num_key_value_heads": damped.HIDDEN // 64, "head_dim": 32}
-        from transformers import LlamaConfig
-
         model = LlamaForCausalLM(
             LlamaConfig(**config, **heads, num_hidden_layers=damped.LAYERS, tie_word_embeddings=True)
         )
