@@ -1,9 +1,9 @@
 """Train the embedded drafting heads on the embedded target, through the stock `Trainer`.
 
-    python -m hf_ext.demo.train_heads kangaroo          --out DIR --steps 700
-    python -m hf_ext.demo.train_heads recurrent-drafter --out DIR --steps 300
-    python -m hf_ext.demo.train_heads hidden-transfer   --out DIR --steps 700
-    python -m hf_ext.demo.train_heads layerskip         --out DIR --steps 300
+    python -m hf_ext.demo.train_heads kangaroo          --out DIR --steps 1200
+    python -m hf_ext.demo.train_heads recurrent-drafter --out DIR --steps 350
+    python -m hf_ext.demo.train_heads hidden-transfer   --out DIR --steps 450
+    python -m hf_ext.demo.train_heads layerskip         --out DIR --steps 300 --lr 1e-3
 
 The first three train a head and leave the target alone (`TrainDraftHead`). `layerskip` trains LoRA
 adapters of the target itself (`LayerSkipTraining`), so that its early exits predict well. The
@@ -145,11 +145,20 @@ def train_layerskip(args: argparse.Namespace) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:  # the adapters alone are rounded
             parameter.data = parameter.data.bfloat16()
-    model.save_pretrained(args.out)
+    save_adapters(model, args.out)
     saved = PeftModel.from_pretrained(embedded_target(), args.out).float()
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     recipe_options = {**options, "lora_rank": args.rank}
     write_recipe(args, recipe_options, adapters, before, exit_figures(saved, held_out), minutes, trainer)
+
+
+def save_adapters(model: Any, out: Path) -> None:
+    """Save LoRA adapters without what differs from machine to machine."""
+    model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    config = json.loads((out / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "hf_ext/demo/target", "target_modules": sorted(config["target_modules"])}
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @torch.no_grad()
