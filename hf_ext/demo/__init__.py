@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("target", "draft", "tokenizer")
+#: What was trained for the target by `hf_ext.demo.train_heads`, in the folder `heads`.
+HEADS = ("kangaroo", "recurrent-drafter", "hidden-transfer", "layerskip")
 
 
 def path(name: str = "target") -> str:
     """Return the folder of an embedded checkpoint; those of the models hold the tokenizer as well.
 
     Args:
-        name: `"target"`, `"draft"` or `"tokenizer"`.
+        name: `"target"`, `"draft"` or `"tokenizer"`; or one of `HEADS`, which draft for the target
+            (`"layerskip"` is LoRA adapters of the target itself).
 
     Raises:
         ValueError: another name.
@@ -29,9 +32,10 @@ def path(name: str = "target") -> str:
         >>> tokenizer.decode(tokenizer("def f(x):\\n    return x")["input_ids"])
         'def f(x):\\n    return x'
     """
-    if name not in NAMES:
-        raise ValueError(f"no embedded model {name!r}; there are {', '.join(NAMES)}")
-    return str(Path(__file__).parent / name)
+    if name not in NAMES + HEADS:
+        raise ValueError(f"no embedded model {name!r}; there are {', '.join(NAMES + HEADS)}")
+    folder = Path(__file__).parent
+    return str(folder / "heads" / name if name in HEADS else folder / name)
 
 
 def run(**options: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ from transformers import LlamaForCausalLM, Trainer
 
 from hf_ext.generation.heads import HiddenTransferHead, KangarooHead, RecurrentDrafterHead
 from hf_ext.layers import TargetEnds, captured
+from hf_ext.testing import objective_processes as processes
 from hf_ext.testing.objective import installed_parts
-from hf_ext.testing.objective_processes import with_lora
 from hf_ext.testing.objective_training import (
     arguments,
     collate,
@@ -198,7 +199,7 @@ def test_the_head_is_taught_by_what_the_target_says_without_it():
 def test_what_cannot_work_is_refused_when_the_trainer_is_built(tmp_path):
     head = made(*HEADS[0])
     with pytest.raises(ValueError, match="merge_and_unload"):
-        Trainer(with_lora(tiny_model()), arguments(tmp_path), callbacks=[TrainDraftHead(head)])
+        Trainer(processes.with_lora(tiny_model()), arguments(tmp_path), callbacks=[TrainDraftHead(head)])
     with pytest.raises(ValueError, match="num_hidden_layers is 3, was 2"):
         Trainer(tiny_model(num_hidden_layers=3), arguments(tmp_path), callbacks=[TrainDraftHead(head)])
     with pytest.raises(ValueError, match="label_smoothing_factor"):
@@ -238,3 +239,36 @@ def test_the_config_records_the_target_and_no_weight_of_it(tmp_path):
             "vocab_size": 64,
         }
         assert not any(64 in parameter.shape[:1] and "block" not in name for name, parameter in head.named_parameters())
+
+
+IN_A_PROCESS = """
+import sys
+import torch
+from hf_ext.generation.heads import HiddenTransferHead
+from hf_ext.testing.objective_processes import DESCENT
+from hf_ext.testing.objective_training import tiny_model, train, logged, weights
+from hf_ext.trainer_callbacks import TrainDraftHead
+torch.manual_seed(3)
+head = HiddenTransferHead.for_target(tiny_model(), transfer_layers=[1, 1], anchors=4)
+trainer = train(tiny_model(), TrainDraftHead(head), per_device_train_batch_size=4, **DESCENT)
+assert trainer.args.world_size == 2, trainer.args.world_size
+saved = {"weights": weights(head), "loss": logged(trainer, "loss"), "agreement": logged(trainer, "agreement_1")}
+torch.save(saved, f"{sys.argv[1]}/{trainer.args.process_index}.pt")
+"""
+
+
+def test_two_processes_train_the_head_that_one_process_trains(tmp_path):
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes._free_port()), "ACCELERATE_USE_CPU": "true"}
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2"} for r in (0, 1)]
+    command = [sys.executable, "-c", IN_A_PROCESS, str(tmp_path)]
+    running = [processes._start(command, {**port, **rank}) for rank in ranks]
+    head = made(HiddenTransferHead, {"transfer_layers": [1, 1], "anchors": 4})
+    alone = train(tiny_model(), TrainDraftHead(head), **processes.DESCENT)
+    for process in running:
+        processes._finish(process)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert largest_difference(first["weights"], second["weights"]) == 0
+    difference = largest_difference(weights(head), first["weights"])
+    assert difference <= 1e-6, f"two processes and one differ by up to {difference:.3g}"
+    assert first["loss"] == pytest.approx(logged(alone, "loss"), abs=1e-5)
+    assert first["agreement"] == pytest.approx(logged(alone, "agreement_1"), abs=1e-6)
