@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from hf_ext.benchmarks import damped, speculative_table
-from hf_ext.benchmarks.speculative_figures import figures
+from hf_ext.benchmarks.speculative_figures import Curves, figures
 from hf_ext.benchmarks.speculative_measure import WIDTHS, weights_memory, widths
 from hf_ext.benchmarks.speculative_methods import PLAIN, Method, select
 from hf_ext.benchmarks.speculative_runs import Tick, batches, measure, rows_of, runs
@@ -123,7 +123,8 @@ def _target(name: str, arguments: argparse.Namespace, methods: Sequence[Method])
     curves = {key: widths(model, ks, CONTEXT) for key, model in models.items()}
     found: dict[str, Any] = {"name": name, "notes": setting.notes, "curves": {}, "sections": [], "batches": []}
     found["curves"] = {key: {str(k): ms for k, ms in curve.items()} for key, curve in curves.items()}
-    by_draft = {"target": curves["target"], **{key: curves[f"draft {key!r}"] for key in setting.drafts}}
+    # Beside those of the drafts, under None, that of the target: a draft may be called "target", too.
+    by_draft = {None: curves["target"], **{key: curves[f"draft {key!r}"] for key in setting.drafts}}
     red: set[tuple[str, str | None]] = set()
     tables = [rows_of(setting, methods) for _ in arguments.temperature]
     total = sum(runs(setting, rows, arguments.rounds) for rows in tables)
@@ -147,9 +148,7 @@ def _target(name: str, arguments: argparse.Namespace, methods: Sequence[Method])
     return found
 
 
-def _section(
-    setting: Setting, rows: Sequence[Any], temperature: float, tokens: int, curves: dict[str, dict[int, float]]
-) -> dict[str, Any]:
+def _section(setting: Setting, rows: Sequence[Any], temperature: float, tokens: int, curves: Curves) -> dict[str, Any]:
     """Return the figures of one table, over all prompts and over those that are no tables."""
     chosen = {
         "rows": list(range(len(setting.prompts))),

@@ -10,6 +10,9 @@ from typing import Any
 from hf_ext.benchmarks.speculative_measure import at_width
 from hf_ext.benchmarks.speculative_runs import Row, Sample
 
+#: Milliseconds of a forward pass by width, for each draft, and under None for the target.
+Curves = dict[str | None, dict[int, float]]
+
 
 def spread(values: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the median of `values`.
@@ -24,7 +27,7 @@ def spread(values: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[f
 
 
 def figures(
-    row: Row, plain: Row, tokens: int, curves: dict[str, dict[int, float]], prompts: Collection[int], weights: float
+    row: Row, plain: Row, tokens: int, curves: Curves, prompts: Collection[int], weights: float
 ) -> dict[str, Any]:
     """Return a row of the record.
 
@@ -32,7 +35,7 @@ def figures(
         row: a method's runs.
         plain: those of plain `generate`.
         tokens: new tokens of each run.
-        curves: milliseconds of a forward pass by width, of `"target"` and of each draft.
+        curves: milliseconds of a forward pass by width, of each draft, and under None of the target.
         prompts: which prompts count.
         weights: MiB of the target's weights.
 
@@ -84,7 +87,7 @@ def counts(samples: Sequence[Sample], tokens: int) -> dict[str, float]:
     }
 
 
-def prediction(found: dict[str, Any], curves: dict[str, dict[int, float]], draft: str | None) -> dict[str, Any]:
+def prediction(found: dict[str, Any], curves: Curves, draft: str | None) -> dict[str, Any]:
     """Return what a step should cost by the models' calls alone, in plain calls of the target, and what it cost.
 
     A step is one call of the target with the drafting before it. `verify` is t(k) / t(1) at the mean
@@ -92,8 +95,8 @@ def prediction(found: dict[str, Any], curves: dict[str, dict[int, float]], draft
     `rest` is what the models' calls do not explain: Python, sorting, copying, and the reading of the prompt
     by the draft.
     """
-    plain_call = curves["target"][1]
-    verify = at_width(curves["target"], found["positions_per_call"]) / plain_call
+    plain_call = curves[None][1]
+    verify = at_width(curves[None], found["positions_per_call"]) / plain_call
     drafting = found["target_drafting_per_call"]
     if draft is not None:
         drafting += found["draft_calls_per_call"] * curves[draft][1] / plain_call

@@ -41,7 +41,7 @@ def measured(setting: Setting, *methods: Method, temperature: float = 0.0, round
 
 
 def section(setting: Setting, rows: list[runs.Row], temperature: float = 0.0) -> dict:
-    curves = {name: {1: 1.0, 64: 1.0} for name in ("target", *setting.drafts)}
+    curves = {name: {1: 1.0, 64: 1.0} for name in (None, *setting.drafts)}
     return speculative._section(setting, rows, temperature, TOKENS, curves)
 
 
@@ -184,11 +184,11 @@ def sample(seconds: float, prompt: int, round_: int, **counts) -> runs.Sample:
 
 
 def test_speed_prediction_and_reason_follow_from_the_runs() -> None:
-    plain, row = runs.Row(PLAIN), runs.Row(ASSISTED, draft="d")
+    plain, row = runs.Row(PLAIN), runs.Row(ASSISTED, draft="target")
     plain.prefill = {0: [1.0, 9.0], 1: [1.0, 1.0]}  # an interruption in one round changes nothing
     plain.samples = [sample(9.0, prompt, number, calls=8, positions=8) for prompt in (0, 1) for number in (1, 2)]
     row.samples = [sample(17.0, 0, 1), sample(17.0, 0, 2), sample(11.0, 1, 1), sample(11.0, 1, 2)]
-    curves = {"target": {1: 10.0, 5: 20.0}, "d": {1: 4.0, 5: 4.0}}
+    curves = {None: {1: 10.0, 5: 20.0}, "target": {1: 4.0, 5: 4.0}}
     found = speculative_figures.figures(row, plain, 8, curves, {0, 1}, weights=100.0)
     assert found["speed"] == pytest.approx((0.5 + 0.8) / 2)
     assert found["tokens_per_call"] == 2.0
