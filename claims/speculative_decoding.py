@@ -84,8 +84,8 @@ CLAIMS = (
     speculation.identity_claim(ours, "With argmax decoding the outputs are identical to the target's."),
     Claim(
         name="law",
-        paper="Tokens that are accepted or replaced by the rule have exactly the target's distribution (appendix A.1).",
-        measures="largest error of an emitted token's probability, from both models' laws at 256 places, in closed form",
+        paper="Tokens that are accepted or replaced by the rule have exactly the target's distribution (A.1).",
+        measures="largest error of an emitted token's probability, in closed form, by the models' laws at 256 places",
         threshold=Threshold("<=", 1e-12),
         check=law_error,
         seconds=60,
