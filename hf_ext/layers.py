@@ -77,7 +77,8 @@ def captured(model: nn.Module, states: Iterable[int]) -> Iterator[dict[int, Tens
         >>> found[2].shape
         torch.Size([1, 3, 32])
     """
-    layers, found = decoder_layers(model), {}
+    layers = decoder_layers(model)
+    found: dict[int, Tensor] = {}
     with contextlib.ExitStack() as stack:
         for state in sorted(set(states)):
             _check(state, len(layers))

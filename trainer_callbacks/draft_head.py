@@ -228,7 +228,7 @@ class _Attachment:
 
     @torch.compiler.disable
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        self._labels = None
+        self._labels: Tensor | None = None
         if model is not self._model:  # a copy of the model (an EMA, say) is not the model that trains
             return None
         inputs = {**_named(model, args), **kwargs}
@@ -252,8 +252,8 @@ class _Attachment:
             return outputs
         stack, self._pass = self._pass, None
         with stack:
-            callback, failed = self._callback(), outputs is None  # `always_call` brings None after an exception
-            if callback is None or failed:
+            callback = self._callback()
+            if callback is None or self._labels is None or outputs is None:  # `always_call`: None after an exception
                 return outputs
             precision = "bf16" if callback._args.bf16 else "fp16" if callback._args.fp16 else None
             dtype = torch.float16 if precision == "fp16" else torch.bfloat16

@@ -60,7 +60,7 @@ def fingerprint(target: nn.Module) -> dict[str, Any]:
 class DraftHead(PreTrainedModel):
     """Base of the heads: `for_target`, `save_pretrained`, `from_pretrained`, `check_target`."""
 
-    config_class = DraftHeadConfig
+    config_class: ClassVar[type[DraftHeadConfig]] = DraftHeadConfig
     base_model_prefix = "head"
     main_input_name = "states"
     _supports_sdpa = True

@@ -138,7 +138,8 @@ class HiddenTransferHead(DraftHead):
         share = targeted.sum(-1) / valid.sum(-1).clamp(min=1) / steps  # (rows,): what one anchor's step stands for
         weight = share[:, None].expand(valid.shape)[valid]
         rows = torch.arange(len(anchors), device=anchors.device)[:, None].expand(anchors.shape)[valid]
-        total, terms = logits.new_zeros((), dtype=torch.float32), {}
+        total = logits.new_zeros((), dtype=torch.float32)
+        terms: Terms = {}
         for step in range(1, steps + 1):
             teacher = outputs.logits[rows, anchors[valid] + step]
             drafted = logits[:, :, step - 1][valid].float()

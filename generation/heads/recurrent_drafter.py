@@ -121,7 +121,8 @@ class RecurrentDrafterHead(DraftHead):
         """
         tokens, steps = batch["input_ids"], self.config.train_steps
         embedded, hidden = ends.embed(tokens), states[self.trained_on[0]]
-        state, terms, total = self.first_state(hidden), {}, hidden.new_zeros((), dtype=torch.float32)
+        state, total = self.first_state(hidden), hidden.new_zeros((), dtype=torch.float32)
+        terms: Terms = {}
         usable = targets != -100  # every token on the way from t to t + j must be one that trains
         for step in range(1, min(steps, tokens.shape[1] - 1) + 1):
             state = self(embedded[:, step:], state[:, : tokens.shape[1] - step])
