@@ -25,7 +25,9 @@ def test_greedy_text_is_that_of_generate(kind):
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
 def test_sampled_text_follows_the_law_of_generate(settings):
-    exactness.assert_sampling_law(lambda model: PromptLookup(3, max_ngram=2), exactness.small_vocabulary(), **settings)
+    exactness.assert_sampling_law(
+        lambda model: PromptLookup(3, max_ngram=2), exactness.small_vocabulary(), draws=8000, **settings
+    )
 
 
 def by_searching(text: list[int], max_ngram: int, count: int) -> list[int]:
