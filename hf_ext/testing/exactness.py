@@ -114,6 +114,7 @@ def assert_sampling_law(
     *,
     draws: int = 20_000,
     length: int = 3,
+    beyond: int = 0,
     prompt: torch.Tensor | None = None,
     seed: int = 0,
     law: Mapping[tuple[int, ...], float] | None = None,
@@ -130,6 +131,8 @@ def assert_sampling_law(
         model: a model with a vocabulary of at most 16 and no eos token.
         draws: continuations to draw.
         length: tokens of a continuation.
+        beyond: tokens to generate after these. Without any, drafts are one token deep: the first token
+            of a row is not drafted, nor is the last.
         prompt: `(1, n)` int64.
         seed: of the random numbers.
         law: the law to follow, if it is not that of `generate`.
@@ -150,9 +153,9 @@ def assert_sampling_law(
     for start in range(0, draws, 4000):
         rows = min(4000, draws - start)
         new = strategy.generate(
-            model, prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=length,
-            num_return_sequences=rows, pad_token_id=0, **settings,
-        )[:, prompt.shape[1] :]  # fmt: skip
+            model, prompt, attention_mask=torch.ones_like(prompt), do_sample=True,
+            max_new_tokens=length + beyond, num_return_sequences=rows, pad_token_id=0, **settings,
+        )[:, prompt.shape[1] : prompt.shape[1] + length]  # fmt: skip
         counts += torch.bincount(torch.tensor([number[tuple(row)] for row in new.tolist()]), minlength=len(law))
     distance = 0.5 * (counts / draws - exact).abs().sum().item()
     by_chance = []
@@ -202,3 +205,34 @@ def perturbed(model: Any, strength: float = 0.1, seed: int = 0) -> Any:
             if parameter.ndim > 1:
                 parameter += strength * parameter.std() * torch.randn(parameter.shape, generator=generator)
     return other
+
+
+def trees_of(strategy: Any, model: Any, ids: torch.Tensor, **settings: Any) -> list[Any]:
+    """Run a speculative strategy and return the trees that it drafted, one of all lanes for every step.
+
+    Args:
+        strategy: the strategy.
+        model: the model.
+        ids: `(rows, n)` prompts.
+        **settings: of `generate`.
+    """
+    found: list[Any] = []
+    make = strategy.drafter
+
+    def spied(run: Any) -> Any:
+        drafter = make(run)
+        propose = drafter.propose
+
+        def noting(context: Any) -> Any:
+            found.append(propose(context))
+            return found[-1]
+
+        drafter.propose = noting
+        return drafter
+
+    strategy.drafter = spied
+    try:
+        strategy.generate(model, ids, pad_token_id=tiny_models.PAD, **settings)
+    finally:
+        del strategy.drafter
+    return found
