@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from hf_ext.generation.speculative.chain import draft_chain
 from hf_ext.generation.speculative.context import DraftContext
 from hf_ext.generation.speculative.drafter import Drafter, Verified
 from hf_ext.generation.speculative.probe import tree_problem
@@ -180,37 +181,12 @@ class ChainDrafter(ModelDrafter):
 
     def propose(self, context: DraftContext) -> DraftTree:
         """Draft a chain under every root."""
-        depth = context.useful_depth(self.length)
-        lanes = list(range(len(context.lanes)))
-        if depth == 0:
-            return DraftTree.empty(len(lanes), context.device)
-        logits = self.draft.catch_up(context)
-        prefixes: list[list[int]] = [[] for _ in lanes]
-        laws: list[torch.Tensor] = []
-        columns: list[torch.Tensor] = []
-        seen = [logits]
-        sizes = [depth] * len(lanes)
-        for place in range(depth):
-            if place:
-                logits = self.draft.extend(columns[-1][:, None], [[place - 1]] * len(lanes))[:, 0]
-                seen.append(logits)
-            scores = context.process(lanes, prefixes, logits)
-            law = None if context.greedy and not self.confidence else scores.softmax(-1)
-            if self.confidence and law is not None and place:
-                sure = (law.amax(-1) >= self.confidence).tolist()
-                sizes = [size if yes else min(size, place) for size, yes in zip(sizes, sure, strict=True)]
-                if max(sizes) <= place:
-                    break
-            if context.greedy or law is None:
-                tokens = scores.argmax(-1)
-            else:
-                tokens = torch.multinomial(law, 1)[:, 0]
-                laws.append(law)
-            columns.append(tokens)
-            for prefix, token in zip(prefixes, tokens.tolist(), strict=True):
-                prefix.append(token)
-        # The law at the last node is not known and not needed: nothing was drafted below it.
-        table = torch.stack([*laws, laws[-1]], dim=1) if laws else None
-        drafted = torch.stack(columns, dim=1)
-        self.seen = seen[: len(columns)]
-        return DraftTree.chain(drafted, table, sizes=[min(size, drafted.shape[1]) for size in sizes])
+        lanes = len(context.lanes)
+        tree, self.seen = draft_chain(
+            context,
+            self.length,
+            lambda: self.draft.catch_up(context),
+            lambda tokens, place: self.draft.extend(tokens[:, None], [[place]] * lanes)[:, 0],
+            self.confidence,
+        )
+        return tree

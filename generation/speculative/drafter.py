@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.speculative.context import DraftContext, Outcome
 from hf_ext.generation.speculative.tree import DraftTree
 
@@ -23,15 +26,12 @@ class Verified:
         logits: `(lanes, nodes + 1, vocabulary)` raw logits of the target at the root and every node.
         outcomes: for every lane the accepted nodes and tokens (before an end of the row cut them).
         continues: lanes that go on.
-        hidden: `(lanes, nodes + 1, width)` states of the target's last layer, for a drafter that
-            asks for them.
     """
 
     tree: DraftTree
     logits: torch.Tensor
     outcomes: list[Outcome]
     continues: list[int]
-    hidden: torch.Tensor | None = None
 
 
 class Drafter(abc.ABC):
@@ -43,11 +43,13 @@ class Drafter(abc.ABC):
 
     Attributes:
         calls: forward passes of a draft model.
-        wants_hidden: whether it needs the hidden states of the target's last layer.
     """
 
     calls: int = 0
-    wants_hidden: bool = False
+
+    def reading(self, run: DecodingRun) -> AbstractContextManager[Any]:
+        """Return what to hold open while the target reads the prompts, for a drafter that looks inside."""
+        return nullcontext()
 
     def start(self, context: DraftContext) -> None:  # noqa: B027  (many have nothing to prepare)
         """Prepare for a call: the prompts have been read, `context.outputs` is the target's answer."""
@@ -59,6 +61,10 @@ class Drafter(abc.ABC):
     @abc.abstractmethod
     def propose(self, context: DraftContext) -> DraftTree:
         """Draft a tree under the last token of every lane."""
+
+    def verifying(self, context: DraftContext, tree: DraftTree) -> AbstractContextManager[Any]:
+        """Return what to hold open while the target evaluates a tree, for a drafter that looks or works inside."""
+        return nullcontext()
 
     def observe(self, context: DraftContext, verified: Verified) -> None:  # noqa: B027
         """Learn what became of the last tree.

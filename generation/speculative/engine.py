@@ -92,9 +92,8 @@ class _Loop:
     def run(self) -> None:
         """Decode until every row is done, here and in synchronised processes."""
         run = self.decoding
-        hidden = {"output_hidden_states": True} if self.drafter.wants_hidden else {}
-        with self.ledger.time("verify"):
-            target, outputs = TreeState.from_prompt(run, **hidden)
+        with self.ledger.time("verify"), self.drafter.reading(run):
+            target, outputs = TreeState.from_prompt(run)
         self.context.target, self.context.outputs = target, outputs
         self.ledger.prompt(target.lengths)
         self._prompt_columns = int(run.cache.get_seq_length())
@@ -127,12 +126,12 @@ class _Loop:
         with self.ledger.time("draft"):
             tree = self.drafter.propose(context)
         rest = time.perf_counter()
-        hidden = {"output_hidden_states": True} if self.drafter.wants_hidden else {}
         roots = torch.tensor([[text[-1]] for text in context.texts], device=context.device)
         tokens = torch.cat([roots, tree.tokens], dim=1) if tree.nodes else roots
         parents = [(-1, *(parent + 1 for parent in row)) for row in tree.parents]
         verifying = time.perf_counter()
-        outputs = target.extend(tokens, parents, **hidden)
+        with self.drafter.verifying(context, tree):
+            outputs = target.extend(tokens, parents)
         if outputs.logits.is_cuda:
             torch.cuda.synchronize(outputs.logits.device)
         verified = time.perf_counter()
@@ -144,11 +143,10 @@ class _Loop:
         continues = self._accept(outcomes)
         if len(continues) < len(rows):
             self._drop(continues)
-        states = outputs.hidden_states[-1] if hidden else None
         self.ledger.seconds["verify"] += verified - verifying
         self.ledger.seconds["bookkeeping"] += verifying - rest + time.perf_counter() - verified
         with self.ledger.time("draft"):
-            self.drafter.observe(context, Verified(tree, outputs.logits, outcomes, continues, states))
+            self.drafter.observe(context, Verified(tree, outputs.logits, outcomes, continues))
         self.ledger.step(
             rows, [tree.size(lane) for lane in range(tree.lanes)], accepted, tokens.shape[1],
             self.drafter.calls - calls, time.perf_counter() - started,

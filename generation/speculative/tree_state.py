@@ -134,7 +134,9 @@ class TreeState:
         free = self.cache.free_columns
         return None if free is None else free - max(self.lengths) - len(self.tree[0])
 
-    def extend(self, tokens: torch.Tensor, parents: list[tuple[int, ...]] | None = None, **forward: Any) -> ModelOutput:
+    def extend(
+        self, tokens: torch.Tensor, parents: list[tuple[int, ...]] | None = None, counted: bool = True, **forward: Any
+    ) -> ModelOutput:
         """Evaluate more nodes of each lane's tree.
 
         Args:
@@ -142,6 +144,7 @@ class TreeState:
             parents: for every lane the parent of each new node, as numbers of nodes since the last
                 `settle` (these `n` included), -1 for what the lane holds; a chain under the last
                 node by default.
+            counted: whether this is a call of the whole model.
             **forward: further arguments of the forward pass.
 
         Returns:
@@ -175,9 +178,13 @@ class TreeState:
         else:
             inputs["input_ids"] = tokens
         outputs = self.model(**inputs, **forward, return_dict=True)
-        self.calls += 1
-        self.positions += tokens.numel()
+        self.calls += counted
+        self.positions += counted * tokens.numel()
         return outputs
+
+    def rewind(self) -> None:
+        """Forget the tree; what is evaluated next is written over it."""
+        self.tree = [()] * self.lanes
 
     def settle(self, paths: list[list[int]]) -> None:
         """Keep a path of each lane's tree for good and forget the rest.
