@@ -1,9 +1,17 @@
 """Draft heads and the hooks they stand on, on every architecture: steps, caches, trees and saved weights."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import DynamicCache
+from peft import PeftModel
+from transformers import AutoTokenizer, DynamicCache
 
+from hf_ext import demo
+from hf_ext.demo.corpus import sources
+from hf_ext.demo.train_heads import HEADS as RECIPES
+from hf_ext.demo.train_heads import embedded_target
 from hf_ext.generation.heads import HiddenTransferHead, KangarooHead, RecurrentDrafterHead
 from hf_ext.generation.heads.base import visible
 from hf_ext.generation.heads.hidden_transfer import as_attention_mask
@@ -256,3 +264,82 @@ def test_saved_heads_come_back_and_refuse_another_target(kind, tmp_path):
     again.check_target(target)
     with pytest.raises(ValueError, match="model_type is gpt2, was llama"):
         again.check_target(tiny_models.shared("gpt2"))
+
+
+@torch.no_grad()
+def test_hidden_transfer_is_taught_the_targets_words_at_the_true_future_tokens():
+    """The training loss on one row is that of its anchors' pseudo tokens, each worth its share of the targets."""
+    target = tiny_models.shared("llama")
+    head = scrambled(HiddenTransferHead.for_target(target, transfer_layers=(1, 1), anchors=2))
+    ends, row = TargetEnds(target), IDS[:1]
+    with captured(target, [1]) as states:
+        outputs = target(row, past_key_values=DynamicCache(), use_cache=True)
+    targets = torch.cat((row[:, 1:], torch.tensor([[-100]])), 1)
+    numbers = torch.tensor([[0.3, 0.1, 0.8, 0.2, 0.9, 0.7]])  # the best with two tokens to come: 2, then 0
+    terms = head.training_terms(ends, {"input_ids": row}, targets, states, outputs, lambda batch, per_document: numbers)
+    with captured(target, [1]) as states:
+        outputs = target(row, past_key_values=DynamicCache(), use_cache=True)
+    drafted = head._pseudo_logits(
+        ends, {"input_ids": row}, torch.tensor([[2, 0]]), states, outputs.past_key_values
+    ).log_softmax(-1)
+    total = 0.0
+    for index, anchor in enumerate((2, 0)):
+        for step in (1, 2):
+            wanted = outputs.logits[0, anchor + step].softmax(-1)
+            total -= float((wanted * drafted[0, index, step - 1]).sum()) * 5 / 2 / 2  # targets, anchors, steps
+    assert float(terms["loss"][0]) == pytest.approx(total, rel=1e-5)
+    assert int(terms["loss"][1]) == 5
+
+
+# The embedded heads
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    target = embedded_target().eval()
+    tokens = [source.text for source in sources(held_out=True) if source.name in ("heapq.py", "textwrap.py")]
+    tokenizer = AutoTokenizer.from_pretrained(demo.path("tokenizer"))
+    ids = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:512] for text in tokens])
+    return target, {"input_ids": ids}, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@torch.no_grad()
+def test_embedded_heads_agree_with_the_target_as_often_as_their_recipe_says(name, held_out):
+    target, batch, targets = held_out
+    kind, _ = RECIPES[name]
+    head = kind.from_pretrained(demo.path(name), dtype=torch.float32).eval()
+    head.check_target(target)
+    recipe = json.loads((Path(demo.path(name)) / "recipe.json").read_text())
+    with captured(target, head.trained_on) as states:
+        outputs = target(**batch, past_key_values=DynamicCache(), use_cache=True)
+    numbers = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    terms = head.training_terms(
+        TargetEnds(target), batch, targets, dict(states), outputs, lambda batch, per_document: numbers
+    )
+    first = "agreement" if "agreement" in terms else "agreement_1"
+    found, recorded = float(terms[first][0]) / int(terms[first][1]), recipe["held_out_after"][first]
+    assert recorded > recipe["held_out_before"][first] + 0.1
+    assert abs(found - recorded) < 0.15, f"{found:.3f} on two files, {recorded} on all held-out windows"
+
+
+@torch.no_grad()
+def test_the_embedded_adapters_make_the_third_layer_agree_more_often(held_out):
+    target, batch, _ = held_out
+    recipe = json.loads((Path(demo.path("layerskip")) / "recipe.json").read_text())
+
+    def agreement(model):
+        ends = TargetEnds(model)
+        with captured(model, [3]) as states:
+            last = model(**batch).logits.argmax(-1)
+        return float((ends.logits(states[3]).argmax(-1) == last).float().mean())
+
+    before = agreement(target)
+    after = agreement(PeftModel.from_pretrained(embedded_target(), demo.path("layerskip")).eval())
+    assert after > before + 0.03, f"agreement {before:.3f} before, {after:.3f} after"
+    assert abs(after - recipe["held_out_after"]["agreement_3"]) < 0.15
+
+
+def test_the_embedded_heads_are_small():
+    size = sum(file.stat().st_size for name in demo.HEADS for file in Path(demo.path(name)).glob("*.safetensors"))
+    assert 0 < size < 4e6, f"{size / 1e6:.1f} MB"
