@@ -96,11 +96,10 @@ class BeamDrafter(ModelDrafter):
         noisy = total
         for _ in range(depth):
             log_law = _beside(trees.read(frontier).log(), frontier, total.shape[1])
-            parents, tokens, total, noisy = (
-                _beam_step(log_law, total, width)
-                if context.greedy
-                else stochastic_beam_step(log_law, total, noisy, width)
-            )
+            if context.greedy:
+                parents, tokens, total, noisy = _beam_step(log_law, total, width)
+            else:
+                parents, tokens, total, noisy = stochastic_beam_step(log_law, total, noisy, width)
             # In falling order of the noisy values, which is the order in which siblings were drawn.
             level = [
                 [(place, token) for place, token in zip(*pairs, strict=True) if token >= 0]
@@ -127,8 +126,8 @@ def _beam_step(
     log_law: torch.Tensor, total: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return parents, tokens and log-probabilities, twice, of the likeliest sequences, as the stochastic step does."""
-    lanes, parents, vocabulary = log_law.shape
-    flat = (total[..., None] + log_law).view(lanes, -1)
+    vocabulary = log_law.shape[-1]
+    flat = (total[..., None] + log_law).flatten(1)
     best, index = flat.topk(min(width, flat.shape[1]), dim=-1)
     none = best.isneginf()
     return (index // vocabulary).masked_fill(none, -1), (index % vocabulary).masked_fill(none, -1), best, best
