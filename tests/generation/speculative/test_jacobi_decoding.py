@@ -7,6 +7,7 @@ import torch
 
 from hf_ext.generation.jacobi_decoding import GUESSES, JacobiDecoding
 from hf_ext.testing import exactness, tiny_models
+from hf_ext.testing.drafts_from_text import assert_laws
 from hf_ext.testing.strategy import StrategyConformance
 from hf_ext.testing.strategy_base import same_tokens
 
@@ -21,11 +22,8 @@ def test_greedy_text_is_that_of_generate(kind):
     exactness.assert_greedy_identity(lambda model: JacobiDecoding(block_tokens=6), kinds=(kind,))
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
-def test_sampled_text_follows_the_law_of_generate(settings):
-    exactness.assert_sampling_law(
-        lambda model: JacobiDecoding(block_tokens=3), exactness.small_vocabulary(), draws=8000, **settings
-    )
+def test_sampled_text_follows_the_law_of_generate():
+    assert_laws(lambda model: JacobiDecoding(block_tokens=3))
 
 
 def by_definition(model, ids: torch.Tensor, tokens: int, block: int) -> tuple[list[int], list[int]]:

@@ -9,6 +9,7 @@ import torch
 
 from hf_ext.generation.prompt_lookup import NgramIndex, PromptLookup
 from hf_ext.testing import exactness, tiny_models
+from hf_ext.testing.drafts_from_text import assert_laws
 from hf_ext.testing.strategy import StrategyConformance
 from hf_ext.testing.strategy_base import same_tokens
 
@@ -23,11 +24,8 @@ def test_greedy_text_is_that_of_generate(kind):
     exactness.assert_greedy_identity(lambda model: PromptLookup(5, max_ngram=2), kinds=(kind,))
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
-def test_sampled_text_follows_the_law_of_generate(settings):
-    exactness.assert_sampling_law(
-        lambda model: PromptLookup(3, max_ngram=2), exactness.small_vocabulary(), draws=8000, **settings
-    )
+def test_sampled_text_follows_the_law_of_generate():
+    assert_laws(lambda model: PromptLookup(3, max_ngram=2))
 
 
 def by_searching(text: list[int], max_ngram: int, count: int) -> list[int]:

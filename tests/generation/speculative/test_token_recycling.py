@@ -14,6 +14,7 @@ from hf_ext.generation.speculative.drafter import Verified
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.token_recycling import RecyclingDrafter, Successors, TokenRecycling, template
 from hf_ext.testing import exactness, tiny_models
+from hf_ext.testing.drafts_from_text import assert_laws
 from hf_ext.testing.strategy import StrategyConformance
 
 
@@ -27,11 +28,8 @@ def test_greedy_text_is_that_of_generate(kind):
     exactness.assert_greedy_identity(lambda model: TokenRecycling(nodes=14, branches=4), kinds=(kind,))
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=str)
-def test_sampled_text_follows_the_law_of_generate(settings):
-    exactness.assert_sampling_law(
-        lambda model: TokenRecycling(nodes=7, branches=4), exactness.small_vocabulary(), draws=8000, **settings
-    )
+def test_sampled_text_follows_the_law_of_generate():
+    assert_laws(lambda model: TokenRecycling(nodes=7, branches=4))
 
 
 @pytest.mark.parametrize(("nodes", "branches", "depth"), [(80, 8, 6), (25, 3, 4), (5, 1, 9)])
