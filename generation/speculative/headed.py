@@ -1,0 +1,62 @@
+"""Strategies that draft with a trained head: finding the head, and making sure that it is the target's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from hf_ext.generation.heads.base import DraftHead
+from hf_ext.generation.speculative.engine import Speculative
+
+
+@dataclasses.dataclass
+class HeadedSpeculative(Speculative):
+    """Base of speculative methods that draft with a head trained for the target.
+
+    Args:
+        head: the head, or the folder (or Hub repository) that it was saved to.
+
+    Attributes:
+        head_class: the class of head that the method drafts with.
+    """
+
+    head_class: ClassVar[type[DraftHead]]
+
+    head: Any
+    _loaded: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+    def check_options(self) -> None:
+        """Raise ValueError for a head that is none."""
+        if not isinstance(self.head, (str, os.PathLike, self.head_class)):
+            name = self.head_class.__name__
+            raise ValueError(
+                f"head must be a {name} or the folder of a saved one, got a {type(self.head).__name__}; train one with "
+                f"TrainDraftHead({name}.for_target(model))"
+            )
+
+    def head_for(self, target: PreTrainedModel) -> Any:
+        """Return the head in the target's dtype and on its device; one that is loaded or moved is kept for later calls.
+
+        Raises:
+            ValueError: the folder holds another kind of head, or the head was made for another target.
+        """
+        if self._loaded is None:
+            self._loaded = self.head if isinstance(self.head, DraftHead) else self._load(self.head)
+        self._loaded.check_target(target)
+        if (self._loaded.device, self._loaded.dtype) != (target.device, target.dtype):
+            # The caller's own head stays as it is.
+            self._loaded = copy.deepcopy(self._loaded).to(device=target.device, dtype=target.dtype)
+        return self._loaded.eval()
+
+    def _load(self, folder: str | os.PathLike[str]) -> DraftHead:
+        config_class = self.head_class.config_class
+        found = config_class.get_config_dict(folder)[0].get("model_type")
+        if found != config_class.model_type:
+            raise ValueError(
+                f"{folder} holds a {found!r}, but {type(self).__name__} drafts with a {config_class.model_type!r}"
+            )
+        return self.head_class.from_pretrained(folder)
