@@ -9,7 +9,13 @@ from hf_ext.lazy import lazy_attributes
 if TYPE_CHECKING:
     from hf_ext.generation.cautious import CautiousDecoding as CautiousDecoding
     from hf_ext.generation.contrastive_search import ContrastiveSearch as ContrastiveSearch
+    from hf_ext.generation.dyspec import DySpec as DySpec
+    from hf_ext.generation.opt_tree import OptTree as OptTree
+    from hf_ext.generation.recursive_speculative_decoding import (
+        RecursiveSpeculativeDecoding as RecursiveSpeculativeDecoding,
+    )
     from hf_ext.generation.report import DecodeReport as DecodeReport
+    from hf_ext.generation.spectr import SpecTr as SpecTr
     from hf_ext.generation.speculative.drafter import Drafter as Drafter
     from hf_ext.generation.speculative.engine import Speculative as Speculative
     from hf_ext.generation.speculative.tree import DraftTree as DraftTree
@@ -17,6 +23,7 @@ if TYPE_CHECKING:
         SpeculativeContrastiveDecoding as SpeculativeContrastiveDecoding,
     )
     from hf_ext.generation.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
+    from hf_ext.generation.staged_speculative_decoding import StagedSpeculativeDecoding as StagedSpeculativeDecoding
     from hf_ext.generation.strategy import DecodingStrategy as DecodingStrategy
 
 __getattr__, __all__ = lazy_attributes(
@@ -28,9 +35,14 @@ __getattr__, __all__ = lazy_attributes(
         "DecodingStrategy": "strategy",
         "DraftTree": "speculative.tree",
         "Drafter": "speculative.drafter",
+        "DySpec": "dyspec",
+        "OptTree": "opt_tree",
+        "RecursiveSpeculativeDecoding": "recursive_speculative_decoding",
+        "SpecTr": "spectr",
         "Speculative": "speculative.engine",
         "SpeculativeContrastiveDecoding": "speculative_contrastive_decoding",
         "SpeculativeDecoding": "speculative_decoding",
+        "StagedSpeculativeDecoding": "staged_speculative_decoding",
     },
 )
 

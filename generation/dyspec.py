@@ -44,8 +44,8 @@ class DySpec(Speculative):
         ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
 
     Source:
-        DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure (arXiv:2410.11744), algorithms
-        1 and 2.
+        DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure (arXiv:2410.11744), the greedy
+        construction and its version by layers.
 
     Example:
         >>> from hf_ext.testing import tiny_models

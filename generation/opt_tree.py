@@ -38,8 +38,7 @@ class OptTree(Speculative):
         ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
 
     Source:
-        OPT-Tree: Speculative Decoding with Adaptive Draft Tree Structure (arXiv:2406.17276), algorithm 1
-        and theorem 3.1.
+        OPT-Tree: Speculative Decoding with Adaptive Draft Tree Structure (arXiv:2406.17276).
 
     Example:
         >>> from hf_ext.testing import tiny_models

@@ -157,7 +157,7 @@ class RecursiveSpeculativeDecoding(Speculative):
 
     Source:
         Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without Replacement
-        (arXiv:2402.14160), sections 3.1 and 3.2.
+        (arXiv:2402.14160): RSD-C, RSD-S and recursive rejection sampling.
 
     Example:
         >>> from hf_ext.testing import tiny_models

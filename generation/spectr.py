@@ -98,7 +98,7 @@ class SpecTr(Speculative):
         ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
 
     Source:
-        SpecTr: Fast Speculative Decoding via Optimal Transport (arXiv:2310.15141), algorithms 2 and 3.
+        SpecTr: Fast Speculative Decoding via Optimal Transport (arXiv:2310.15141), K-SEQ.
 
     Example:
         >>> from hf_ext.testing import tiny_models

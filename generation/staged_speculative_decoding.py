@@ -130,8 +130,8 @@ class StagedSpeculativeDecoding(Speculative):
         ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
 
     Source:
-        Accelerating LLM Inference with Staged Speculative Decoding (arXiv:2308.04623), sections 3.1 and
-        3.2. Its second stage is a Katz model fitted beforehand; here n-grams learn during the call.
+        Accelerating LLM Inference with Staged Speculative Decoding (arXiv:2308.04623). Its second
+        stage is an n-gram model fitted beforehand; here n-grams learn during the call.
 
     Example:
         >>> from hf_ext.testing import tiny_models
