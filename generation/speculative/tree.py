@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hf_ext.generation.speculative.acceptance import Rule
+
 
 @dataclass
 class DraftTree:
@@ -37,6 +39,7 @@ class DraftTree:
             repetitions, by node (-1 for the root). In order of their numbers by default.
         candidates: of each lane the number of nodes that may be accepted; all by default.
         scores: `(lanes, nodes + 1, vocabulary)` raw logits of the draft model, where a verifier wants them.
+        rule: the acceptance rule that fits how these drafts came about; the strategy's own by default.
 
     Raises:
         ValueError: shapes that do not fit, or a parent that does not come before its child.
@@ -56,6 +59,7 @@ class DraftTree:
     draws: list[dict[int, list[int]]] | None = None
     candidates: list[int] | None = None
     scores: torch.Tensor | None = None
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         lanes, nodes = self.tokens.shape

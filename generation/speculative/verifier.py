@@ -28,7 +28,7 @@ def verify(
         tree: the drafted trees.
         logits: `(lanes, nodes + 1, vocabulary)` of the target at the root and at every node.
         context: the call.
-        rule: the acceptance rule, where tokens are drawn.
+        rule: the acceptance rule, where tokens are drawn and the tree does not bring one.
         raw: what the caller is shown as the model's logits, if those are not it.
 
     Returns:
@@ -36,7 +36,7 @@ def verify(
     """
     if context.greedy and context.plain and not (context.run.keep_scores or context.run.keep_logits):
         return _likeliest(tree, logits)
-    return _walk(tree, logits, context, rule, logits if raw is None else raw)
+    return _walk(tree, logits, context, tree.rule or rule, logits if raw is None else raw)
 
 
 def _likeliest(tree: DraftTree, logits: torch.Tensor) -> list[Outcome]:
