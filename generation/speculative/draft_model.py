@@ -156,6 +156,11 @@ class ModelDrafter(Drafter):
         """Forward passes of the draft model."""
         return self.draft.calls if hasattr(self, "draft") else 0
 
+    @property
+    def positions(self) -> int:  # type: ignore[override]
+        """Token positions they evaluated."""
+        return self.draft.state.positions if hasattr(self, "draft") else 0
+
     def observe(self, context: DraftContext, verified: Verified) -> None:
         """Follow the rows."""
         self.draft.observe(verified)

@@ -42,10 +42,12 @@ class Drafter(abc.ABC):
     the law they were really drawn from, and a token once drawn must not be held back.
 
     Attributes:
-        calls: forward passes of a draft model.
+        calls: forward passes of a draft model, or of a part of the target.
+        positions: token positions they evaluated.
     """
 
     calls: int = 0
+    positions: int = 0
 
     def reading(self, run: DecodingRun) -> AbstractContextManager[Any]:
         """Return what to hold open while the target reads the prompts, for a drafter that looks inside."""

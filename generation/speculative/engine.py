@@ -200,5 +200,6 @@ class _Loop:
             run.report.target_calls + target.calls + self.waits,
             run.report.target_positions + target.positions + self.waits,
             self.drafter.calls,
+            self.drafter.positions,
             [self.rows.length(row) for row in range(len(run.input_ids))],
         )

@@ -66,7 +66,9 @@ class Ledger:
             found["draft_calls"] += draft_calls
             found["seconds"] += seconds / len(rows)
 
-    def close(self, target_calls: int, target_positions: int, draft_calls: int, tokens: list[int]) -> None:
+    def close(
+        self, target_calls: int, target_positions: int, draft_calls: int, draft_positions: int, tokens: list[int]
+    ) -> None:
         """Write everything into the report."""
         report = self.report
         report.target_calls, report.target_positions = target_calls, target_positions
@@ -76,6 +78,7 @@ class Ledger:
         details: dict[str, Any] = {
             "steps": self.steps,
             "drafted": int(sum(row["drafted"] for row in self._rows)),
+            "draft_positions": draft_positions,
             "mean_accepted": report.accepted / steps if steps else 0.0,
         }
         details |= {f"{part}_seconds": self.seconds[part] for part in PARTS}

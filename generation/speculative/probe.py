@@ -68,11 +68,14 @@ def _ask(model: PreTrainedModel) -> str | None:
     ids = (torch.arange(length + 3, device=model.device) * 17 + 5) % config.vocab_size
     prompts = [ids[:length], ids[1:length]]
     branches = [[length, length + 1], [length + 2]]  # two children of the prompt, the first with a child
-    plainly = model(ids[None, :4], use_cache=True, return_dict=True)
+    # Not through the hooks of the model, where somebody may be counting; a sharded one needs them.
+    call = model if adapter.needs_synced_gpus(model) else model.forward
+    plainly = call(ids[None, :4], use_cache=True, return_dict=True)
     if getattr(plainly, "past_key_values", None) is None:
         return f"{type(model).__name__} returned no cache"
     try:
         state = TreeState.fresh(model, lanes=2)
+        state.call = call
         padded = torch.stack([prompts[0], torch.cat([prompts[1], ids[:1]])])
         state.read(padded, [length, length - 1])
         nodes = torch.stack([ids[[length, length + 2, length + 1]]] * 2)
@@ -80,7 +83,7 @@ def _ask(model: PreTrainedModel) -> str | None:
         worst = spread = 0.0
         for lane, prompt in enumerate(prompts):
             for branch, at in zip(branches, (2, 1), strict=True):
-                plain = model(torch.cat([prompt, ids[branch]])[None], use_cache=False, return_dict=True).logits[0, -1]
+                plain = call(torch.cat([prompt, ids[branch]])[None], use_cache=False, return_dict=True).logits[0, -1]
                 worst = max(worst, (plain - found[lane, at]).abs().max().item())
                 spread = max(spread, plain.float().std().item())
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:

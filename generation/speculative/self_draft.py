@@ -31,7 +31,8 @@ class SelfDrafter(Drafter):
     """
 
     def __init__(self, length: int, confidence: float = 0.0) -> None:
-        self.length, self.confidence, self.calls = length, confidence, 0
+        self.length, self.confidence = length, confidence
+        self.calls = self.positions = 0
 
     @abc.abstractmethod
     def partly(self, context: DraftContext) -> AbstractContextManager[Any]:
@@ -56,6 +57,7 @@ class SelfDrafter(Drafter):
         with self.partly(context):
             logits = context.target.extend(tokens[:, None], counted=False).logits[:, -1]
         self.calls += 1
+        self.positions += tokens.numel()
         return logits
 
     def drafted(self, context: DraftContext, tree: DraftTree) -> None:
@@ -90,8 +92,8 @@ class EarlyExitDrafter(SelfDrafter):
         self._states.append(found[self.exit_layer])
 
     def drafted(self, context: DraftContext, tree: DraftTree) -> None:
-        """Let the last token through the first layers as well; its logits serve nobody."""
-        if tree.nodes:
+        """Let the last token through the first layers as well, unless drafting stopped because of what they said."""
+        if len(self._states) == tree.nodes > 0:
             self.evaluate(context, tree.tokens[:, -1])
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ tokens are right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class TreeState:
         calls: forward passes.
         positions: token positions they evaluated, over all lanes.
         tree: for every lane the parents of the nodes evaluated since the last `settle`.
+        call: what evaluates the model; the model itself.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TreeState:
         others: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.cache, self.lengths = model, cache, lengths
+        self.call: Callable[..., ModelOutput] = model
         self.offset, self.others = offset, others or {}
         text = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text, "max_position_embeddings", None)
@@ -177,7 +180,7 @@ class TreeState:
             inputs = adapter.next_inputs(self.model, tokens, inputs, new_tokens=count)
         else:
             inputs["input_ids"] = tokens
-        outputs = self.model(**inputs, **forward, return_dict=True)
+        outputs = self.call(**inputs, **forward, return_dict=True)
         self.calls += counted
         self.positions += counted * tokens.numel()
         return outputs
