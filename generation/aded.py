@@ -31,7 +31,7 @@ class TriGrams:
         >>> known = TriGrams()
         >>> known.learn(1, 2, [3], [1.0])
         >>> known.after(1, 2), known.after(9, 2), known.after(2, 1)
-        ([(3, 0.75)], [(3, 0.25)], [])
+        ([(3, 0.75)], [(3, 0.5)], [])
     """
 
     def __init__(self, branches: int = 8, forgetting: float = 0.5) -> None:

@@ -109,7 +109,7 @@ class PromptLookup(Speculative):
     Example:
         >>> import torch
         >>> from hf_ext.testing import tiny_models
-        >>> model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+        >>> model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts((6,))
         >>> strategy = PromptLookup(draft_tokens=4)
         >>> ours = strategy.generate(model, ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
         >>> bool((ours == model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)).all())
