@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 from hf_ext.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from hf_ext.generation.aded import ADED as ADED
+    from hf_ext.generation.banditspec import BanditSpec as BanditSpec
     from hf_ext.generation.cautious import CautiousDecoding as CautiousDecoding
     from hf_ext.generation.contrastive_search import ContrastiveSearch as ContrastiveSearch
+    from hf_ext.generation.draft_and_verify import DraftAndVerify as DraftAndVerify
     from hf_ext.generation.dyspec import DySpec as DySpec
+    from hf_ext.generation.jacobi_decoding import JacobiDecoding as JacobiDecoding
+    from hf_ext.generation.layerskip import LayerSkip as LayerSkip
     from hf_ext.generation.opt_tree import OptTree as OptTree
+    from hf_ext.generation.prompt_lookup import PromptLookup as PromptLookup
     from hf_ext.generation.recursive_speculative_decoding import (
         RecursiveSpeculativeDecoding as RecursiveSpeculativeDecoding,
     )
@@ -25,24 +31,32 @@ if TYPE_CHECKING:
     from hf_ext.generation.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
     from hf_ext.generation.staged_speculative_decoding import StagedSpeculativeDecoding as StagedSpeculativeDecoding
     from hf_ext.generation.strategy import DecodingStrategy as DecodingStrategy
+    from hf_ext.generation.token_recycling import TokenRecycling as TokenRecycling
 
 __getattr__, __all__ = lazy_attributes(
     __name__,
     {
+        "ADED": "aded",
+        "BanditSpec": "banditspec",
         "CautiousDecoding": "cautious",
         "ContrastiveSearch": "contrastive_search",
         "DecodeReport": "report",
         "DecodingStrategy": "strategy",
-        "DraftTree": "speculative.tree",
         "Drafter": "speculative.drafter",
+        "DraftAndVerify": "draft_and_verify",
+        "DraftTree": "speculative.tree",
         "DySpec": "dyspec",
+        "JacobiDecoding": "jacobi_decoding",
         "OptTree": "opt_tree",
+        "PromptLookup": "prompt_lookup",
         "RecursiveSpeculativeDecoding": "recursive_speculative_decoding",
         "SpecTr": "spectr",
+        "LayerSkip": "layerskip",
         "Speculative": "speculative.engine",
         "SpeculativeContrastiveDecoding": "speculative_contrastive_decoding",
         "SpeculativeDecoding": "speculative_decoding",
         "StagedSpeculativeDecoding": "staged_speculative_decoding",
+        "TokenRecycling": "token_recycling",
     },
 )
 
