@@ -157,8 +157,8 @@ PLUGINS = (
     Plugin(
         name="layerskip",
         kind="strategy",
-        summary="Self-speculation with early exits: the first layers draft, the others check, both share one cache; for "
-        "models trained with LayerSkipTraining.",
+        summary="Self-speculation with early exits: the first layers draft, the others check, both share one cache; "
+        "for models trained with LayerSkipTraining.",
         target="hf_ext.generation.layerskip:LayerSkip",
         paper="LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding (arXiv:2404.16710)",
         covers=("layerskip",),
@@ -171,7 +171,8 @@ PLUGINS = (
         summary="The model drafts for itself with some of its attention and feed-forward parts left out; which ones is "
         "searched on calibration text.",
         target="hf_ext.generation.draft_and_verify:DraftAndVerify",
-        paper="Draft & Verify: Lossless Large Language Model Acceleration via Self-Speculative Decoding (arXiv:2309.08168)",
+        paper="Draft & Verify: Lossless Large Language Model Acceleration via Self-Speculative Decoding "
+        "(arXiv:2309.08168)",
         covers=("draft-and-verify",),
         claims="hf_ext.claims.draft_and_verify:CLAIMS",
         example="model.generate(**inputs, custom_generate=DraftAndVerify(DraftAndVerify.search(model, ids)))",
