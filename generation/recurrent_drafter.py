@@ -66,7 +66,7 @@ class RecurrentBeamDrafter(Drafter):
 
     def __init__(self, head: RecurrentDrafterHead, target: Any, width: int, length: int) -> None:
         self.head, self.ends, self.width, self.length = head, TargetEnds(target), width, length
-        self.calls = 0
+        self.calls = self.positions = 0
         self._states: torch.Tensor | None = None
 
     def reading(self, run: DecodingRun) -> AbstractContextManager[Any]:
@@ -135,6 +135,7 @@ class RecurrentBeamDrafter(Drafter):
         for _ in range(depth):
             logits, state = self.head.step(tokens.flatten(), state, hidden, self.ends)
             self.calls += 1
+            self.positions += lanes * count
             owners = [lane for lane in range(lanes) for _ in range(count)]
             scores = context.process(owners, prefixes, logits)
             vocabulary = scores.shape[-1]
@@ -171,7 +172,7 @@ class RecurrentDrafter(HeadedSpeculative):
         draft_tokens: tokens of each; 0 decodes without drafts.
 
     Raises:
-        ValueError: the head was made for another target, or the model cannot forget rejected tokens.
+        ValueError: the head was made for another target, the model cannot forget rejected tokens, or it is sharded.
 
     Source:
         Recurrent Drafter for Fast Speculative Decoding in Large Language Models (arXiv:2403.09919), section 3.
@@ -187,8 +188,6 @@ class RecurrentDrafter(HeadedSpeculative):
     """
 
     head_class: ClassVar[type[RecurrentDrafterHead]] = RecurrentDrafterHead
-    # It calls the target's embeddings and LM head, as often as there are tokens to draft.
-    drafts_with_target: ClassVar[bool] = True
 
     beam_width: int = 8
     draft_tokens: int = 4
@@ -201,4 +200,9 @@ class RecurrentDrafter(HeadedSpeculative):
 
     def drafter(self, run: DecodingRun) -> Drafter:
         """Return the head as a drafter of beams."""
+        if run.synced_gpus:
+            raise ValueError(
+                "RecurrentDrafter drafts with the embeddings and the LM head of the sharded model, and processes would "
+                "call them in different numbers; use a method with a draft model of its own, or one process"
+            )
         return RecurrentBeamDrafter(self.head_for(run.model), run.model, self.beam_width, self.draft_tokens)

@@ -21,14 +21,31 @@ def random_head(head_class: type, target: Any, noise: float = 0.2, seed: int = 1
         head_class: the class of head.
         target: a tiny model.
         noise: spread of the disturbance.
-        seed: of the disturbance.
+        seed: of all its random numbers.
     """
-    head = head_class.for_target(target, **_OPTIONS.get(head_class.__name__, {}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = head_class.for_target(target, **_OPTIONS.get(head_class.__name__, {}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(parameter + noise * torch.randn(parameter.shape, generator=generator).to(parameter))
     return head.eval()
+
+
+def late_token(free: torch.Tensor, row: int = 1) -> int:
+    """Return a token for `eos_token_id` that ends a row in the middle and no row with its first token.
+
+    Args:
+        free: `(rows, n)` new tokens of a run without it.
+        row: the row.
+
+    Example:
+        >>> late_token(torch.tensor([[5, 6, 7, 8, 9], [5, 5, 5, 8, 8]]))
+        8
+    """
+    said = free.tolist()
+    return next(t for at, t in enumerate(said[row]) if t not in said[row][:at] and all(other[0] != t for other in said))
 
 
 def with_random_head(strategy_class: type[HeadedSpeculative], **options: Any) -> Any:

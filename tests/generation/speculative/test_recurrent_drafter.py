@@ -217,5 +217,16 @@ def test_options_that_make_no_sense_are_refused(options):
         with_random_head(RecurrentDrafter, **options)
 
 
-def test_the_embedded_head_is_found_by_its_name():
-    assert RecurrentDrafter(demo.path("recurrent-drafter"))
+def test_processes_that_share_a_model_are_refused():
+    model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+    with pytest.raises(ValueError, match="sharded"):
+        with_random_head(RecurrentDrafter).generate(model, ids, attention_mask=mask, synced_gpus=True, max_new_tokens=3)
+
+
+def test_the_embedded_head_drafts_for_the_embedded_target():
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(demo.path("target"), dtype=torch.float32)
+    exactness.assert_greedy_identity(
+        lambda model: RecurrentDrafter(demo.path("recurrent-drafter")), models={"the embedded target": model}
+    )
