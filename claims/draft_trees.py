@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from hf_ext.claims import held_out
 from hf_ext.claims.held_out import bootstrap, mean
-from hf_ext.claims.speculation import PROMPTS, sampled_tokens_per_call, tokens_per_call
+from hf_ext.claims.speculation import sampled_tokens_per_call, tokens_per_call
 from hf_ext.generation import SpeculativeDecoding
 from hf_ext.generation.speculative.acceptance import Rule
 from hf_ext.generation.speculative.engine import Speculative
 from hf_ext.verify import Measurement
 
-SEEDS = (0, 1, 2)
+#: Many prompts and few tokens of each: small models soon repeat themselves, which flatters long chains.
+PROMPTS, TOKENS, SEEDS = 64, 32, (0,)
+#: Temperatures that sampling is compared at.
+TEMPERATURES = (1.0, 0.6)
 
 
 def chain(draft_tokens: int) -> SpeculativeDecoding:
@@ -24,41 +26,57 @@ def chain(draft_tokens: int) -> SpeculativeDecoding:
     return SpeculativeDecoding(draft_model=held_out.load("draft")[0], draft_tokens=draft_tokens)
 
 
-def gain(ours: Speculative, theirs: Speculative, names: tuple[str, str], sampled: bool, **settings: Any) -> Measurement:
+def per_prompt(strategy: Speculative, temperature: float) -> list[float]:
+    """Return tokens per call of the target for every prompt, greedy where `temperature` is 0."""
+    if temperature:
+        return sampled_tokens_per_call(strategy, SEEDS, PROMPTS, TOKENS, temperature=temperature)
+    return tokens_per_call(strategy, PROMPTS, TOKENS)
+
+
+def gain(ours: Speculative, theirs: Speculative, names: tuple[str, str], temperature: float = 0) -> Measurement:
     """Measure how many more tokens a call of the target yields with one way of drafting than with another.
+
+    Where tokens are drawn, the details also have the difference at the other of `TEMPERATURES`.
 
     Args:
         ours: the one.
         theirs: the other.
         names: what to call them.
-        sampled: draw tokens, over `SEEDS`, rather than decode greedily.
-        **settings: of `generate`.
+        temperature: one of `TEMPERATURES`, to draw tokens over `SEEDS`, or 0 for greedy decoding.
     """
-    count = sampled_tokens_per_call if sampled else tokens_per_call
-    found = [count(ours, **settings), count(theirs, **settings)]
-    differences = [a - b for a, b in zip(*found, strict=True)]
+
+    def compare(temperature: float) -> tuple[list[list[float]], list[float]]:
+        found = [per_prompt(strategy, temperature) for strategy in (ours, theirs)]
+        return found, [a - b for a, b in zip(*found, strict=True)]
+
+    found, differences = compare(temperature)
+    details = {f"tokens per call, {name}": mean(values) for name, values in zip(names, found, strict=True)}
+    for other in TEMPERATURES if temperature else ():
+        if other != temperature:
+            there = compare(other)[1]
+            low, high = bootstrap(there)
+            details |= {f"difference at temperature {other:g}": mean(there), "its interval": f"{low:.3g} to {high:.3g}"}
     return Measurement(
         mean(differences),
         spread=bootstrap(differences),
         spread_of=f"95 % bootstrap interval over {PROMPTS} prompts",
-        seeds=SEEDS if sampled else (),
-        details={f"tokens per call, {name}": mean(values) for name, values in zip(names, found, strict=True)},
+        seeds=SEEDS if temperature else (),
+        details=details,
     )
 
 
-def more_nodes(build: Callable[[int], Speculative], budgets: tuple[int, ...], sampled: bool) -> Measurement:
+def more_nodes(build: Callable[[int], Speculative], budgets: tuple[int, ...], temperature: float = 0) -> Measurement:
     """Measure the smallest step in tokens per call from one number of nodes to the next larger one.
 
     Args:
         build: makes the strategy for a number of nodes.
         budgets: numbers of nodes, rising.
-        sampled: as in `gain`.
+        temperature: as in `gain`.
     """
-    count = sampled_tokens_per_call if sampled else tokens_per_call
-    found = [mean(count(build(nodes))) for nodes in budgets]
+    found = [mean(per_prompt(build(nodes), temperature)) for nodes in budgets]
     return Measurement(
         min(b - a for a, b in itertools.pairwise(found)),
-        seeds=SEEDS if sampled else (),
+        seeds=SEEDS if temperature else (),
         details={f"tokens per call, {nodes} nodes": value for nodes, value in zip(budgets, found, strict=True)},
     )
 

@@ -10,7 +10,7 @@ from hf_ext.verify import Claim, Measurement, Threshold
 
 #: A tree of fixed shape, and the number of its nodes.
 FIXED = (4, 2, 1, 1)
-NODES, DEPTH, CHAIN = 28, 4, 8
+NODES, DEPTH, CHAIN = 28, 4, 16
 BUDGETS = (4, 8, 16, 32)
 
 
@@ -22,19 +22,19 @@ def ours(nodes: int = NODES, depth: int = 8, threshold: float = 0.0) -> OptTree:
 def over_chain() -> Measurement:
     """Compare with a chain of as many nodes."""
     names = ("OPT-Tree", "a chain")
-    return draft_trees.gain(ours(CHAIN), draft_trees.chain(CHAIN), names, sampled=False)
+    return draft_trees.gain(ours(CHAIN), draft_trees.chain(CHAIN), names)
 
 
 def over_fixed_tree() -> Measurement:
     """Compare with a tree of the same size and depth whose shape is always the same."""
     fixed = RecursiveSpeculativeDecoding(draft_model=held_out.load("draft")[0], branching=FIXED)
     names = ("OPT-Tree", f"branching {FIXED}")
-    return draft_trees.gain(ours(depth=DEPTH), fixed, names, sampled=False)
+    return draft_trees.gain(ours(depth=DEPTH), fixed, names)
 
 
 def by_budget() -> Measurement:
     """Let trees grow."""
-    return draft_trees.more_nodes(ours, BUDGETS, sampled=False)
+    return draft_trees.more_nodes(ours, BUDGETS)
 
 
 def calls_saved() -> Measurement:
