@@ -44,8 +44,7 @@ class TriGrams:
 
     def learn(self, before: int, last: int, tokens: list[int], weights: list[float]) -> None:
         """Count `tokens` as continuations of `before last`, with weights that add up to 1 at most."""
-        for table, key in ((self._pairs, (before, last)), (self._singles, last)):
-            known = table.setdefault(key, {})  # type: ignore[attr-defined]
+        for known in (self._pairs.setdefault((before, last), {}), self._singles.setdefault(last, {})):
             for token in known:
                 known[token] *= self.forgetting
             for token, weight in zip(tokens, weights, strict=True):

@@ -48,9 +48,9 @@ class NgramIndex:
                 self._after[tuple(text[place - n : place])] = place
         self._indexed = len(text)
         for n in range(min(self.max_ngram, len(text) - 1), 0, -1):
-            place = self._after.get(tuple(text[-n:]))
-            if place is not None:
-                found = text[place : place + count]
+            after = self._after.get(tuple(text[-n:]))
+            if after is not None:
+                found = text[after : after + count]
                 period = len(found)
                 while len(found) < count:
                     found.append(found[-period])

@@ -39,8 +39,7 @@ def template(nodes: int, branches: int, depth: int) -> tuple[tuple[int, int], ..
         ((-1, 0), (-1, 1), (-1, 2), (0, 0), (0, 1), (1, 0), (3, 0))
     """
     kept: set[tuple[int, ...]] = set()
-    level: list[tuple[int, ...]] = [()]
-    paths = [((), 0)]
+    paths: list[tuple[tuple[int, ...], int]] = [((), 0)]
     for cost in itertools.count(1):
         level = sorted(
             ((*path, rank) for path, spent in paths if len(path) < depth
