@@ -16,7 +16,7 @@ from hf_ext.generation.speculative.engine import Speculative
 from hf_ext.verify import Measurement
 
 #: Many prompts and few tokens of each: small models soon repeat themselves, which flatters long chains.
-PROMPTS, TOKENS, SEEDS = 64, 32, (0,)
+PROMPTS, TOKENS, SEEDS = 64, 24, (0,)
 #: Temperatures that sampling is compared at.
 TEMPERATURES = (1.0, 0.6)
 

@@ -21,8 +21,10 @@ def ours(nodes: int = NODES, depth: int = 8) -> DySpec:
 
 
 def over_chain() -> Measurement:
-    """Compare with a chain of as many nodes."""
-    return draft_trees.gain(ours(CHAIN), draft_trees.chain(CHAIN), ("DySpec", "a chain"), temperature=TEMPERATURE)
+    """Compare with a chain of as many nodes, which the tree may become."""
+    return draft_trees.gain(
+        ours(CHAIN, depth=CHAIN), draft_trees.chain(CHAIN), ("DySpec", "a chain"), temperature=TEMPERATURE
+    )
 
 
 def over_fixed_tree() -> Measurement:

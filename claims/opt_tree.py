@@ -20,9 +20,9 @@ def ours(nodes: int = NODES, depth: int = 8, threshold: float = 0.0) -> OptTree:
 
 
 def over_chain() -> Measurement:
-    """Compare with a chain of as many nodes."""
+    """Compare with a chain of as many nodes, which the tree may become."""
     names = ("OPT-Tree", "a chain")
-    return draft_trees.gain(ours(CHAIN), draft_trees.chain(CHAIN), names)
+    return draft_trees.gain(ours(CHAIN, depth=CHAIN), draft_trees.chain(CHAIN), names)
 
 
 def over_fixed_tree() -> Measurement:

@@ -14,10 +14,10 @@ from hf_ext.verify import Claim, Measurement, Threshold
 NODES, CHAIN, PROMPTS, TOKENS = 16, 16, 8, 64
 
 
-def ours(nodes: int = NODES, ngram_tokens: int = 4) -> StagedSpeculativeDecoding:
+def ours(nodes: int = NODES, ngram_tokens: int = 4, depth: int = 8) -> StagedSpeculativeDecoding:
     """Return the method with the embedded draft model."""
     return StagedSpeculativeDecoding(
-        draft_model=held_out.load("draft")[0], nodes=nodes, ngram_tokens=ngram_tokens, threshold=0.0
+        draft_model=held_out.load("draft")[0], nodes=nodes, depth=depth, ngram_tokens=ngram_tokens, threshold=0.0
     )
 
 
@@ -57,7 +57,7 @@ def calls_saved(**settings: Any) -> Measurement:
 
 def over_chain() -> Measurement:
     """Compare with a chain of as many nodes."""
-    return draft_trees.gain(ours(CHAIN), draft_trees.chain(CHAIN), ("the tree", "a chain"))
+    return draft_trees.gain(ours(CHAIN, depth=CHAIN), draft_trees.chain(CHAIN), ("the tree", "a chain"))
 
 
 CLAIMS = (

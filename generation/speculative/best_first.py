@@ -58,6 +58,13 @@ class Kept:
         """Return what a slot must exceed to be filled."""
         return max(threshold, float(self.slots[-1])) if len(self.nodes) == budget else threshold
 
+    def values_of(self, nodes: list[int]) -> list[float]:
+        """Return the values of nodes, 1 for the root."""
+        if not nodes:
+            return []
+        value = {-1: 1.0, **dict(zip(self.nodes.tolist(), self.values.tolist(), strict=True))}
+        return [value[node] for node in nodes]
+
     def frontier(self, trees: GrowingTrees, lane: int, depth: int, bound: float) -> list[int]:
         """Return the nodes below which something may still be worth a node, most valuable first."""
         if self.closed:
@@ -130,7 +137,7 @@ class BestFirstDrafter(ModelDrafter):
             where = [(lane, node) for lane, nodes in enumerate(known) for node in nodes]
             law = trees.law([trees.lines[lane][node] for lane, node in where])
             bounds = [tree.bound(budget, self.threshold) for tree in kept]
-            parents = [_value(kept[lane], node) for lane, node in where]
+            parents = [value for tree, nodes in zip(kept, known, strict=True) for value in tree.values_of(nodes)]
             offers = (_draws if drawn else _likeliest)(law, parents, [bounds[lane] for lane, _ in where], budget)
             start = 0
             for lane, nodes in enumerate(known):
@@ -179,13 +186,9 @@ class BestFirstDrafter(ModelDrafter):
 
 
 #: Children that must be likelier than this are compared with their bound, others sorted.
-RARE = 1e-3
+RARE = 1e-4
 #: Line of the parent, token, value of the slot and of the node, of everything that is offered; by lines.
 Offers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
-
-def _value(tree: Kept, node: int) -> float:
-    return 1.0 if node < 0 else float(tree.values[(tree.nodes == node).argmax()])
 
 
 def _likeliest(law: torch.Tensor, parents: list[float], bounds: list[float], budget: int) -> Offers:

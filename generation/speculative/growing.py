@@ -7,6 +7,7 @@ nodes that they add and read.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 
 import torch
@@ -90,10 +91,13 @@ class GrowingTrees:
 
     def law(self, lines: list[int]) -> torch.Tensor:
         """Return the laws on these lines, `(lines, vocabulary)`."""
-        last = self.laws[-1]
-        if lines == list(range(sum(map(len, self.laws)) - len(last), sum(map(len, self.laws)))):
-            return last
-        return torch.cat(self.laws).index_select(0, torch.tensor(lines, device=last.device))
+        starts = list(itertools.accumulate(map(len, self.laws), initial=0))
+        first, last = (bisect.bisect(starts, line) for line in (min(lines), max(lines)))
+        there = self.laws[last - 1] if first == last else torch.cat(self.laws[first - 1 : last])
+        places = [line - starts[first - 1] for line in lines]
+        if places == list(range(len(there))):
+            return there
+        return there.index_select(0, torch.tensor(places, device=there.device))
 
     def finish(
         self, *, drawn: bool, keep: list[list[int]] | None = None, draws: list[dict[int, list[int]]] | None = None
