@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -50,7 +51,9 @@ def gain(ours: Speculative, theirs: Speculative, names: tuple[str, str], tempera
         return found, [a - b for a, b in zip(*found, strict=True)]
 
     found, differences = compare(temperature)
-    details = {f"tokens per call, {name}": mean(values) for name, values in zip(names, found, strict=True)}
+    details: dict[str, Any] = {
+        f"tokens per call, {name}": mean(values) for name, values in zip(names, found, strict=True)
+    }
     for other in TEMPERATURES if temperature else ():
         if other != temperature:
             there = compare(other)[1]

@@ -10,7 +10,7 @@ from hf_ext.verify import Claim, Measurement, Threshold
 
 #: A tree of fixed shape, and the number of its nodes.
 FIXED = (4, 2, 1, 1)
-NODES, DEPTH, CHAIN = 28, 4, 16
+NODES, DEPTH, CHAIN = 28, 4, 24
 BUDGETS = (4, 8, 16, 32)
 
 
