@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from hf_ext.generation.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from hf_ext.generation.draft_and_verify import DraftAndVerify as DraftAndVerify
     from hf_ext.generation.dyspec import DySpec as DySpec
+    from hf_ext.generation.hidden_transfer import HiddenTransfer as HiddenTransfer
     from hf_ext.generation.jacobi_decoding import JacobiDecoding as JacobiDecoding
+    from hf_ext.generation.kangaroo import Kangaroo as Kangaroo
     from hf_ext.generation.layerskip import LayerSkip as LayerSkip
     from hf_ext.generation.opt_tree import OptTree as OptTree
     from hf_ext.generation.prompt_lookup import PromptLookup as PromptLookup
+    from hf_ext.generation.recurrent_drafter import RecurrentDrafter as RecurrentDrafter
     from hf_ext.generation.recursive_speculative_decoding import (
         RecursiveSpeculativeDecoding as RecursiveSpeculativeDecoding,
     )
@@ -46,9 +49,12 @@ __getattr__, __all__ = lazy_attributes(
         "DraftAndVerify": "draft_and_verify",
         "DraftTree": "speculative.tree",
         "DySpec": "dyspec",
+        "HiddenTransfer": "hidden_transfer",
         "JacobiDecoding": "jacobi_decoding",
+        "Kangaroo": "kangaroo",
         "OptTree": "opt_tree",
         "PromptLookup": "prompt_lookup",
+        "RecurrentDrafter": "recurrent_drafter",
         "RecursiveSpeculativeDecoding": "recursive_speculative_decoding",
         "SpecTr": "spectr",
         "LayerSkip": "layerskip",

@@ -177,4 +177,37 @@ PLUGINS = (
         claims="hf_ext.claims.draft_and_verify:CLAIMS",
         example="model.generate(**inputs, custom_generate=DraftAndVerify(DraftAndVerify.search(model, ids)))",
     ),
+    Plugin(
+        name="recurrent-drafter",
+        kind="strategy",
+        summary="A small recurrent head drafts by beam search from the target's last hidden state; the beams become a "
+        "tree in which shared prefixes stand once.",
+        target="hf_ext.generation.recurrent_drafter:RecurrentDrafter",
+        paper="Recurrent Drafter for Fast Speculative Decoding in Large Language Models (arXiv:2403.09919)",
+        covers=("recurrent-drafter",),
+        claims="hf_ext.claims.recurrent_drafter:CLAIMS",
+        example="model.generate(**inputs, custom_generate=RecurrentDrafter(head='path/of/the/head', beam_width=8))",
+    ),
+    Plugin(
+        name="kangaroo",
+        kind="strategy",
+        summary="Self-speculation: the first layers and a trained adapter draft until they are unsure, the other layers "
+        "check from where these ended.",
+        target="hf_ext.generation.kangaroo:Kangaroo",
+        paper="Kangaroo: Lossless Self-Speculative Decoding via Double Early Exiting (arXiv:2404.18911)",
+        covers=("kangaroo",),
+        claims="hf_ext.claims.kangaroo:CLAIMS",
+        example="model.generate(**inputs, custom_generate=Kangaroo(head='path/of/the/head'))",
+    ),
+    Plugin(
+        name="hidden-transfer",
+        kind="strategy",
+        summary="The pass that checks one draft makes the next: states mapped to those of future tokens ride through "
+        "the other layers, and nothing else is called to draft.",
+        target="hf_ext.generation.hidden_transfer:HiddenTransfer",
+        paper="Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration (arXiv:2404.12022)",
+        covers=("hidden-transfer",),
+        claims="hf_ext.claims.hidden_transfer:CLAIMS",
+        example="model.generate(**inputs, custom_generate=HiddenTransfer(head='path/of/the/head'))",
+    ),
 )
