@@ -191,8 +191,8 @@ PLUGINS = (
     Plugin(
         name="kangaroo",
         kind="strategy",
-        summary="Self-speculation: the first layers and a trained adapter draft until they are unsure, the other layers "
-        "check from where these ended.",
+        summary="Self-speculation: the first layers and a trained adapter draft until they are unsure; the other "
+        "layers check from where these ended.",
         target="hf_ext.generation.kangaroo:Kangaroo",
         paper="Kangaroo: Lossless Self-Speculative Decoding via Double Early Exiting (arXiv:2404.18911)",
         covers=("kangaroo",),
