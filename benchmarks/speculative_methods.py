@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from hf_ext import plugins
+from hf_ext import demo, plugins
 from hf_ext.benchmarks.speculative_settings import Setting
 from hf_ext.cli.output import CliError
 from hf_ext.generation.report import DecodeReport
@@ -24,7 +25,7 @@ class Method:
     """How one row of the table decodes.
 
     Args:
-        name: as it stands in the table; for our methods the plugin's name.
+        name: as it stands in the table; for our methods the plugin's name, unless `plugin` gives that.
         options: options of the strategy's class beside `draft_model` and `draft_tokens`, which are filled in
             from the setting where the class has them.
         baseline: for transformers' own methods, `(setting, draft model, draft tokens) -> Call`.
@@ -32,6 +33,7 @@ class Method:
         exact: whether greedy output must be that of `generate`. False where the method has another law by design.
         targets: names of the targets that it works with, for methods with parts trained on one; all by default.
         required: `setting -> options` that cannot be defaulted, such as several drafts or trained parts.
+        plugin: the plugin's name, for a second row of the same method with other options.
     """
 
     name: str
@@ -41,12 +43,14 @@ class Method:
     exact: bool = True
     targets: Sequence[str] | None = None
     required: Callable[[Setting], Mapping[str, Any]] | None = None
+    plugin: str | None = None
 
     def strategy_class(self) -> type | None:
         """Return the plugin's class, or None where no such plugin is installed."""
-        if all(self.name != plugin.name for plugin in plugins.all(kind="strategy")):
+        wanted = self.plugin or self.name
+        if all(wanted != plugin.name for plugin in plugins.all(kind="strategy")):
             return None
-        return plugins.get(self.name).load()
+        return plugins.get(wanted).load()
 
     def takes_draft(self) -> bool:
         """Return whether the method drafts with a second model."""
@@ -96,6 +100,30 @@ def _lookup(setting: Setting, draft: PreTrainedModel | None, draft_tokens: int) 
     return lambda **inputs: (setting.target.generate(**inputs, prompt_lookup_num_tokens=draft_tokens), None)
 
 
+@functools.cache
+def _dispensable(name: str, target: PreTrainedModel) -> tuple[str, ...]:
+    """Return the parts of a target that a draft can do without, searched on prompts of the claim checks."""
+    from hf_ext.claims import held_out
+    from hf_ext.generation import DraftAndVerify
+
+    return DraftAndVerify.search(target, **held_out.batch(held_out.prompts(4)), trials=100, draft_tokens=4)
+
+
+def _skip(setting: Setting) -> dict[str, Any]:
+    return {"skip": _dispensable(setting.name, setting.target)}
+
+
+def _head(name: str) -> Callable[[Setting], dict[str, Any]]:
+    return lambda setting: {"head": demo.path(name)}
+
+
+def _exit(setting: Setting) -> dict[str, Any]:
+    """Exit where the layers of the embedded target end or, in that target itself, before its last layer."""
+    own = demo.path("target")
+    layers = AutoConfig.from_pretrained(own).num_hidden_layers
+    return {"exit_layer": layers if setting.name == "memory-bound" else layers - 1}
+
+
 PLAIN = Method("plain generate", baseline=_plain)
 BASELINES: tuple[Method, ...] = (
     Method("transformers assisted", baseline=_assisted, needs_draft=True),
@@ -104,22 +132,24 @@ BASELINES: tuple[Method, ...] = (
 METHODS: tuple[Method, ...] = (
     *BASELINES,
     Method("speculative-decoding"),
+    Method("speculative-decoding, 12 drafted", {"draft_tokens": 12}, plugin="speculative-decoding"),
     Method("spectr"),
     Method("recursive-speculative-decoding"),
     Method("opt-tree"),
     Method("dyspec"),
     Method("staged-speculative-decoding"),
     Method("token-recycling"),
+    Method("token-recycling, 24 nodes", {"nodes": 24}, plugin="token-recycling"),
     Method("aded"),
     Method("jacobi-decoding"),
-    Method("draft-and-verify"),
+    Method("draft-and-verify", required=_skip),
     Method("speculative-contrastive-decoding", exact=False),
     Method("banditspec"),
     Method("prompt-lookup"),
-    Method("layerskip"),
-    Method("kangaroo", targets=("embedded",)),
-    Method("recurrent-drafter", targets=("embedded",)),
-    Method("hidden-transfer", targets=("embedded",)),
+    Method("layerskip", required=_exit),
+    Method("kangaroo", targets=("embedded",), required=_head("kangaroo")),
+    Method("recurrent-drafter", targets=("embedded",), required=_head("recurrent-drafter")),
+    Method("hidden-transfer", targets=("embedded",), required=_head("hidden-transfer")),
 )
 
 
