@@ -50,7 +50,6 @@ def test_greedy_text_is_that_of_generate_with_arms_of_all_kinds(kind):
 
 @pytest.mark.parametrize("algorithm", ["ucb", "exp3"])
 def test_sampled_text_follows_the_law_of_generate(algorithm):
-    """Each arm keeps its own acceptance rule: with another's the law would be off."""
     others = {size: exactness.small_vocabulary(vocabulary=size, seed=1) for size in (4, 8)}
 
     def build(model):
@@ -58,6 +57,17 @@ def test_sampled_text_follows_the_law_of_generate(algorithm):
         return BanditSpec(arms=arms, algorithm=algorithm, exploration=10.0)
 
     assert_laws(build)
+
+
+def test_each_arm_keeps_its_own_acceptance_rule():
+    """A draft model that is the target is always right under the rule that knows its law, under others it is not."""
+    model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+    arms = (SpeculativeDecoding(model, 3), SpecTr(model, sequences=2, draft_tokens=3))
+    strategy = BanditSpec(arms=arms, exploration=10.0)
+    torch.manual_seed(0)
+    strategy.generate(model, ids, attention_mask=mask, do_sample=True, max_new_tokens=33, min_new_tokens=33)
+    assert min(strategy.report.details["pulls"]) > 0
+    assert strategy.report.details["mean_accepted"] == 3.0, strategy.report
 
 
 def regret(bandit, means: list[float], rounds: int, seed: int) -> list[float]:
