@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +100,12 @@ class DraftContext:
                 scores = processor(ids, scores)
             return scores
         found = []
-        for line, (lane, prefix) in enumerate(zip(lanes, prefixes, strict=True)):
-            tokens = torch.tensor([prefix], dtype=torch.long, device=self.device)
-            found.append(self.rows.process(self.lanes[lane], tokens, logits[line : line + 1]))
+        # Lines of one lane side by side go through the processors together where they are equally long.
+        together = itertools.groupby(range(len(lanes)), lambda line: (lanes[line], len(prefixes[line])))
+        for (lane, _), group in together:
+            lines = list(group)
+            tokens = torch.tensor([prefixes[line] for line in lines], dtype=torch.long, device=self.device)
+            found.append(self.rows.process(self.lanes[lane], tokens, logits[lines[0] : lines[-1] + 1]))
         return torch.cat(found)
 
     def cut(self, lane: int, tokens: list[int], scores: torch.Tensor | None) -> tuple[int, bool]:
