@@ -79,3 +79,12 @@ def test_worked_example_of_contributing_is_a_working_plugin(tmp_path: Path) -> N
     )
     shown = run("-c", program, cwd=tmp_path, PYTHONPATH=path)
     assert "MostTypical: 4 tokens" in shown.stderr
+
+
+def test_code_of_the_page_on_speculative_decoding_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "speculative-decoding.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    (tmp_path / "page.py").write_text("\n\n".join(blocks), encoding="utf-8")
+    found = run("page.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert "SpeculativeDecoding: 64 tokens" in found.stdout
