@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_ext.generation.speculative.chain import draft_chain
 from hf_ext.generation.speculative.context import DraftContext
@@ -17,14 +21,15 @@ class DraftModel:
     """A draft model and what it has read of each lane.
 
     Args:
-        model: a causal language model with the target's vocabulary.
+        model: a causal language model with the target's vocabulary, or the name or folder of one.
         context: the call.
 
     Raises:
         ValueError: the model has another vocabulary, or cannot evaluate trees.
     """
 
-    def __init__(self, model: PreTrainedModel, context: DraftContext) -> None:
+    def __init__(self, model: PreTrainedModel | str | Path, context: DraftContext) -> None:
+        model = as_model(model, context.run.model)
         check_draft_model(model, context.run.model, context.run.report.strategy)
         self.model = model
         self.state = TreeState.fresh(model, len(context.lanes))
@@ -122,6 +127,26 @@ class DraftModel:
             self.state.select(verified.continues)
         self.read_nodes = [[] for _ in verified.continues]
         self.roots = [-1] * len(verified.continues)
+
+
+def as_model(draft: Any, target: PreTrainedModel) -> PreTrainedModel:
+    """Return a draft model, loaded with the target's dtype and on its device if only its name or folder was given.
+
+    Raises:
+        ValueError: it is neither a model nor a name or folder.
+    """
+    if isinstance(draft, torch.nn.Module):
+        return draft  # type: ignore[return-value]
+    if isinstance(draft, (str, Path)):
+        return _load(str(draft), target.dtype, target.device)
+    raise ValueError(
+        f"draft_model must be a causal language model, or the name or folder of one, got a {type(draft).__name__}"
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _load(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
 
 
 def check_draft_model(draft: PreTrainedModel, target: PreTrainedModel, strategy: str) -> None:
