@@ -48,15 +48,9 @@ def test_greedy_text_is_that_of_generate_with_arms_of_all_kinds(kind):
     exactness.assert_greedy_identity(lambda model: BanditSpec(arms=mixed(model, draft(kind))), kinds=(kind,))
 
 
-@pytest.mark.parametrize("algorithm", ["ucb", "exp3"])
-def test_sampled_text_follows_the_law_of_generate(algorithm):
+def test_sampled_text_follows_the_law_of_generate():
     others = {size: exactness.small_vocabulary(vocabulary=size, seed=1) for size in (4, 8)}
-
-    def build(model):
-        arms = mixed(model, others[model.config.vocab_size])
-        return BanditSpec(arms=arms, algorithm=algorithm, exploration=10.0)
-
-    assert_laws(build)
+    assert_laws(lambda model: BanditSpec(arms=mixed(model, others[model.config.vocab_size]), algorithm="exp3"), 0.5)
 
 
 def test_each_arm_keeps_its_own_acceptance_rule():
