@@ -160,9 +160,8 @@ def agreement(
     start = inputs["input_ids"].shape[1]
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     found = {}
-    for name, settings in (("argmax", {"do_sample": False}), ("overlap", {"do_sample": True, "top_k": 0})):
-        if name == "overlap":
-            settings["temperature"] = temperature
+    sampled = {"do_sample": True, "top_k": 0, "temperature": temperature}
+    for name, settings in (("argmax", {"do_sample": False}), ("overlap", sampled)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             text = model.generate(**inputs, **length, **settings)

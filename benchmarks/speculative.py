@@ -124,7 +124,8 @@ def _target(name: str, arguments: argparse.Namespace, methods: Sequence[Method])
     found: dict[str, Any] = {"name": name, "notes": setting.notes, "curves": {}, "sections": [], "batches": []}
     found["curves"] = {key: {str(k): ms for k, ms in curve.items()} for key, curve in curves.items()}
     # Beside those of the drafts, under None, that of the target: a draft may be called "target", too.
-    by_draft = {None: curves["target"], **{key: curves[f"draft {key!r}"] for key in setting.drafts}}
+    by_draft: dict[str | None, dict[int, float]] = {None: curves["target"]}
+    by_draft |= {key: curves[f"draft {key!r}"] for key in setting.drafts}
     red: set[tuple[str, str | None]] = set()
     tables = [rows_of(setting, methods) for _ in arguments.temperature]
     total = sum(runs(setting, rows, arguments.rounds) for rows in tables)
@@ -185,7 +186,7 @@ def _show(target: dict[str, Any]) -> None:
 
 def _complain(record: dict[str, Any]) -> None:
     """Raise CliError if a method failed or its text differed."""
-    bad = {}
+    bad: dict[str, str] = {}
     for target in record["targets"]:
         for row in [row for section in target["sections"] for row in section["rows"]] + target["batches"]:
             if row["status"] == "differs" or row["status"].startswith("failed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import statistics
 import sys
@@ -40,8 +41,8 @@ class Passes:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        self._layers = list(max(lists, key=len))
+        lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+        self._layers: list[nn.Module] = max(lists, key=len)
         self._visits = [0] * len(self._layers)
         self._positions = [0] * len(self._layers)
 
@@ -113,7 +114,7 @@ def widths(
     seconds: dict[int, list[float]] = {k: [] for k in ks}
     for turn in range(repeats + 1):
         for k in ks:
-            _, spent = timed(lambda k=k: model(ids[:, context : context + k], past_key_values=cache))
+            _, spent = timed(functools.partial(model, ids[:, context : context + k], past_key_values=cache))
             cache.crop(-k)
             if turn:  # the first is a warm-up
                 seconds[k].append(spent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 from hf_ext.claims import held_out, speculation
 from hf_ext.claims.drafts_from_text import GREEDY, PROMPTS, TOKENS
@@ -69,7 +70,7 @@ def costs(strategy: Speculative) -> list[float]:
     model, _ = held_out.load()
     found = []
     for prompt in held_out.prompts(PROMPTS):
-        lengths = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+        lengths: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
         strategy.generate(model, **held_out.batch([prompt]), **lengths, **GREEDY)
         report = strategy.report
         assert report is not None  # set by the call above

@@ -40,7 +40,7 @@ def reports(strategy: Speculative, settings: dict[str, Any], count: int = PROMPT
     model, _ = held_out.load()
     found = []
     for prompt in held_out.prompts(count):
-        lengths = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+        lengths: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
         strategy.generate(model, **held_out.batch([prompt]), **lengths, **settings)
         assert strategy.report is not None  # set by the call above
         details = strategy.report.details

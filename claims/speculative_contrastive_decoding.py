@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hf_ext.claims import held_out
@@ -32,8 +34,8 @@ def contrastive_differences() -> Measurement:
     for row, prompt in enumerate(held_out.prompt_ids(inputs)):
         ids = torch.tensor([prompt])
         for _ in range(TOKENS):
-            logits = [model(ids, use_cache=False).logits[:, -1] for model in (expert, amateur)]
-            contrast = contrastive_logits(*logits, beta=BETA, alpha=ALPHA)
+            strong, weak = (model(ids, use_cache=False).logits[:, -1] for model in (expert, amateur))
+            contrast = contrastive_logits(strong, weak, beta=BETA, alpha=ALPHA)
             contrast[:, expert.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens does
             ids = torch.cat([ids, contrast.argmax(-1, keepdim=True)], dim=1)
         different += int((found[row, -TOKENS:] != ids[0, -TOKENS:]).sum())
@@ -58,7 +60,7 @@ def diversity() -> Measurement:
     """Measure how varied greedy contrastive text is against greedy text of the expert."""
     expert, _ = held_out.load()
     inputs = held_out.batch(held_out.prompts(PROMPTS))
-    settings = {"do_sample": False, "max_new_tokens": 96, "min_new_tokens": 96}
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 96, "min_new_tokens": 96}
     start = inputs["input_ids"].shape[1]
     texts = {
         "contrastive": ours().generate(expert, **inputs, **settings)[:, start:],

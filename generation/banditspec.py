@@ -151,7 +151,7 @@ class BanditDrafter(Drafter):
     def __init__(self, arms: tuple[Speculative, ...], run: DecodingRun, bandit: Bandit, reward: str) -> None:
         self.bandit, self.reward = bandit, reward
         self.drafters = [arm.drafter(run) for arm in arms]
-        self.rules = [arm.rule for arm in arms]
+        self.rules = [type(arm).rule for arm in arms]
         for arm, drafter in zip(arms, self.drafters, strict=True):
             for method in ("reading", "verifying", "first"):
                 if getattr(type(drafter), method) is not getattr(Drafter, method):

@@ -390,7 +390,7 @@ def layer_tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, int] | None:
     from transformers import cache_utils
 
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or not keys.numel():
+    if keys is None or values is None or not keys.numel():
         return None
     if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
         seen = int(layer.cumulative_length_int)

@@ -105,7 +105,7 @@ class _Loop:
             self.drafter.start(self.context)
             tree = self.drafter.first(self.context)
         logits = self.strategy.law(outputs.logits[:, -1:], tree, self.context)
-        continues = self._accept(verify(tree, logits, self.context, self.strategy.rule, outputs.logits[:, -1:]))
+        continues = self._accept(verify(tree, logits, self.context, type(self.strategy).rule, outputs.logits[:, -1:]))
         if len(continues) < len(self.context.lanes):
             self._drop(continues)
             # Lanes that ended with their first token never reach the drafter, which must hear of it.
@@ -137,7 +137,7 @@ class _Loop:
         verified = time.perf_counter()
         context.outputs = outputs
         logits = self.strategy.law(outputs.logits, tree, context)
-        outcomes = verify(tree, logits, context, self.strategy.rule, outputs.logits)
+        outcomes = verify(tree, logits, context, type(self.strategy).rule, outputs.logits)
         rows, accepted = list(context.lanes), [len(outcome.nodes) for outcome in outcomes]
         target.settle([[0, *(node + 1 for node in outcome.nodes)] for outcome in outcomes])
         continues = self._accept(outcomes)

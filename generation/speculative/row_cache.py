@@ -318,4 +318,4 @@ def write_back(cache: Cache, rows: list[list[tuple[torch.Tensor, torch.Tensor]]]
                 if count:
                     new[:, stop - count : stop] = tokens[:, tokens.shape[1] - count :]
             tables.append(table)
-        adapter.refill_layer(layer, *tables, dropped=total - held)
+        adapter.refill_layer(layer, tables[0], tables[1], total - held)

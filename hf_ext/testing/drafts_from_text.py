@@ -24,7 +24,7 @@ def assert_laws(build: exactness.Build, share: float = 1.0) -> None:
         share: of the draws to take.
     """
     for vocabulary, length, draws, prompt, settings in CASES:
-        built = []
+        built: list[Any] = []
 
         def remembered(model: Any, built: list = built) -> Any:
             built.append(build(model))

@@ -11,7 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_ext import demo
-from hf_ext.generation import CautiousDecoding, ContrastiveSearch
+from hf_ext.generation import (
+    CautiousDecoding,
+    ContrastiveSearch,
+    LayerSkip,
+    OptTree,
+    SpeculativeDecoding,
+    TokenRecycling,
+)
 from hf_ext.modeling.swan_gpt.modeling_swan_gpt import SwanGPTForCausalLM
 from hf_ext.trainer_callbacks import MEAP
 
@@ -43,8 +50,12 @@ def batch(device: str) -> Any:
         (ContrastiveSearch(penalty_alpha=0.6, top_k=4), {}),
         # The likeliest token is the only one: as many trials as entropy asks for, all the same.
         (CautiousDecoding(max_trials=4), {"do_sample": True, "top_k": 1}),
+        (SpeculativeDecoding(draft_model=demo.path("draft"), draft_tokens=4), {"do_sample": False}),
+        (OptTree(draft_model=demo.path("draft"), nodes=16), {"do_sample": False}),
+        (TokenRecycling(nodes=24), {"do_sample": False}),
+        (LayerSkip(exit_layer=3, draft_tokens=3), {"do_sample": False}),
     ],
-    ids=["search", "cautious"],
+    ids=["search", "cautious", "speculative", "tree", "recycling", "layerskip"],
 )
 def test_strategies_choose_the_tokens_that_they_choose_on_the_cpu(strategy: Any, options: dict[str, Any]) -> None:
     found = {}
