@@ -32,7 +32,7 @@ def test_greedy_text_is_that_of_generate(kind):
 def test_sampled_text_follows_the_law_of_generate(settings):
     # A call drafts from its second step on: two tokens are there by then.
     exactness.assert_sampling_law(
-        lambda model: with_random_head(HiddenTransfer, width=4, nodes=12),
+        lambda model: with_random_head(HiddenTransfer, width=4, nodes=7),
         exactness.small_vocabulary(vocabulary=5), draws=3000, length=4, beyond=3,
         prompt=torch.tensor([[3, 4, 2]]), **settings,
     )  # fmt: skip
