@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hf_ext.generation.speculative.context import DraftContext
+from hf_ext.generation.speculative.sampling import draw_tokens
 from hf_ext.generation.speculative.tree import DraftTree
 
 
@@ -56,7 +57,7 @@ def draft_chain(
         if context.greedy or law is None:
             tokens = scores.argmax(-1)
         else:
-            tokens = torch.multinomial(law, 1)[:, 0]
+            tokens = draw_tokens(law)
             laws.append(law)
         columns.append(tokens)
         for prefix, token in zip(prefixes, tokens.tolist(), strict=True):

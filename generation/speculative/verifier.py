@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 import torch
 
 from hf_ext.generation.speculative.context import DraftContext, Outcome
+from hf_ext.generation.speculative.sampling import draw_tokens
 from hf_ext.generation.speculative.tree import DraftTree
 
 #: Decides at one node; see `hf_ext.generation.speculative.acceptance`.
@@ -124,8 +125,10 @@ def draw(target: torch.Tensor, drafts: list[torch.Tensor | None], tokens: list[l
         found.append(accepted)
         if residual is not None:
             residuals.append(residual)
-    if residuals:  # all at once, as `generate` draws for a whole batch
-        drawn = iter(torch.multinomial(torch.stack(residuals), 1)[:, 0].tolist())
+    if residuals:
+        laws = torch.stack(residuals)
+        # Where nothing was drafted, with the random numbers that `generate` would use: the same text for the same seed.
+        drawn = iter((draw_tokens(laws) if any(tokens) else torch.multinomial(laws, 1)[:, 0]).tolist())
         return [next(drawn) if token is None else token for token in found]
     return [token for token in found if token is not None]
 
