@@ -21,6 +21,11 @@ from transformers import DynamicCache, PreTrainedModel
 WIDTHS = (1, 2, 4, 6, 9, 16, 32, 64)
 
 
+def _matrices(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules of a layer that hold a matrix and nothing else."""
+    return [m for m in layer.modules() if not list(m.children()) and any(p.ndim > 1 for p in m.parameters())]
+
+
 class Passes:
     """Counts forward passes of a model by hooks on its layers, for the duration of a `with` block.
 
@@ -42,7 +47,8 @@ class Passes:
 
     def __init__(self, model: PreTrainedModel) -> None:
         lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-        self._layers: list[nn.Module] = max(lists, key=len)
+        # The first and the last matrix of each layer: a layer or a part of one that is left out is still called.
+        self._layers = [leaves[at] for leaves in map(_matrices, max(lists, key=len)) for at in (0, -1)]
         self._visits = [0] * len(self._layers)
         self._positions = [0] * len(self._layers)
 
@@ -54,7 +60,7 @@ class Passes:
 
     def _note(self, index: int) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            shape = (args[0] if args else kwargs["hidden_states"]).shape
+            shape = (args[0] if args else kwargs["input"]).shape
             self._visits[index] += 1
             self._positions[index] += shape[0] * shape[1]
 

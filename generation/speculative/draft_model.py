@@ -47,12 +47,9 @@ class DraftModel:
     def catch_up(self, context: DraftContext) -> torch.Tensor:
         """Read what the texts have got since the last time; return the `(lanes, vocabulary)` logits that follow."""
         tokens, counts = self._unread(context)
-        logits = self.state.read(tokens, counts).logits
+        logits = self.state.read(tokens, counts)
         self.read_nodes = [[] for _ in counts]
-        if len(set(counts)) == 1:
-            return logits[:, -1].to(context.device)
-        last = torch.tensor(counts, device=logits.device) - 1
-        return logits[torch.arange(len(counts), device=logits.device), last].to(context.device)
+        return logits.to(context.device)
 
     @torch.no_grad()
     def catch_up_and_extend(

@@ -10,6 +10,7 @@ tokens are right.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,7 @@ class TreeState:
         self.calls = self.positions = 0
         self._kinds = _kinds(text, cache)
         self._implementation = adapter.attention_implementation(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._special = type(model).prepare_inputs_for_generation is not _generic_preparation()
 
     @classmethod
@@ -203,20 +205,25 @@ class TreeState:
                 columns.trim(self.lengths)
         self.tree = [()] * self.lanes
 
-    def read(self, tokens: torch.Tensor, counts: list[int], **forward: Any) -> ModelOutput:
+    def read(self, tokens: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """Evaluate further text of each lane and keep it.
 
         Args:
             tokens: `(lanes, n)` int64, padded on the right.
-            counts: tokens of each lane.
-            **forward: further arguments of the forward pass.
+            counts: tokens of each lane, at least one.
 
         Returns:
-            The model's output; `logits[r, counts[r] - 1]` follows the lane's last token.
+            `(lanes, vocabulary)` logits after each lane's last token.
         """
-        outputs = self.extend(tokens, **forward)
+        last = sorted({count - 1 for count in counts})
+        at = [last.index(count - 1) for count in counts]
+        if self._keeps_logits and len(last) < tokens.shape[1]:  # the LM head is most of a small model's work
+            kept = torch.tensor(last, device=tokens.device)
+            logits = self.extend(tokens, logits_to_keep=kept).logits
+        else:
+            logits = self.extend(tokens).logits[:, last]
         self.settle([list(range(count)) for count in counts])
-        return outputs
+        return logits[:, 0] if len(last) == 1 else logits[torch.arange(len(at)), at]
 
     def forget(self, lengths: list[int]) -> None:
         """Shorten what is held of each lane to so many tokens.
