@@ -14,6 +14,7 @@ from hf_ext.generation.speculative.draft_model import ModelDrafter
 from hf_ext.generation.speculative.drafter import Drafter
 from hf_ext.generation.speculative.engine import Speculative
 from hf_ext.generation.speculative.growing import GrowingTrees
+from hf_ext.generation.speculative.sampling import draw_several
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative.verifier import Rule
 from hf_ext.generation.speculative_decoding import check_draft_tokens
@@ -67,7 +68,7 @@ class SequencesDrafter(ModelDrafter):
         """Return for every node as many tokens as there are sequences through any of them."""
         through = max(max(map(nodes.count, set(nodes))) for nodes in ends)
         if not greedy:
-            return torch.multinomial(law, through, replacement=True)
+            return draw_several(law, through)
         if place:
             return law.argmax(-1, keepdim=True).expand(-1, through)
         best = law.topk(min(through, law.shape[-1]), dim=-1).indices

@@ -463,3 +463,8 @@ def release_cache(cache: Cache) -> None:
     for layer in cache.layers:
         if isinstance(layer, cache_utils.DynamicLayer) and layer.is_initialized:
             layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
+
+
+def is_loaded(module: torch.nn.Module) -> bool:
+    """Tell whether a module's weights come from a checkpoint, and must not be drawn anew (`_is_hf_initialized`)."""
+    return bool(getattr(module, "_is_hf_initialized", False))

@@ -518,3 +518,23 @@ def test_ignores_ids() -> None:
         assert adapter.ignores_ids(TemperatureLogitsWarper(0.5))
         assert not adapter.ignores_ids(RepetitionPenaltyLogitsProcessor(1.5))
         assert not adapter.ignores_ids(MinNewTokensLengthLogitsProcessor(1, 1, 1))
+
+
+def test_is_loaded(tmp_path: Path) -> None:
+    with stands_on("_is_hf_initialized"):
+        seen: list[bool] = []
+
+        class Watched(LlamaForCausalLM):
+            def _init_weights(self, module: Any) -> None:
+                if isinstance(module, torch.nn.Linear):
+                    seen.append(adapter.is_loaded(module))
+                super()._init_weights(module)
+
+        config = tiny_models.shared("llama").config
+        Watched(config).save_pretrained(tmp_path)
+        assert seen, "the weights of a new model were not drawn through _init_weights"
+        assert not any(seen)
+        fresh = torch.nn.Linear(2, 2)
+        assert not adapter.is_loaded(fresh)
+        fresh._is_hf_initialized = True  # type: ignore[assignment]
+        assert adapter.is_loaded(fresh)

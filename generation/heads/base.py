@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_ext import adapter
 from hf_ext.layers import TargetEnds, base_model
 
 #: What `training_terms` returns: sums and counts by name; `loss` is what the optimizer sees.
@@ -105,7 +106,7 @@ class DraftHead(PreTrainedModel):
             )
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and not getattr(module, "_is_hf_initialized", False):
+        if isinstance(module, nn.Linear) and not adapter.is_loaded(module):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_ext import adapter
 from hf_ext.generation.heads.base import DraftHead, DraftHeadConfig, Terms, distillation, visible
 from hf_ext.layers import TargetEnds, edited, only_layers
 from hf_ext.trainer_callbacks.noise import document_positions
@@ -72,7 +73,7 @@ class HiddenTransferHead(DraftHead):
         return {"transfer_layers": [max(1, known["num_hidden_layers"] // 2)] * 3}
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and not getattr(module, "_is_hf_initialized", False):
+        if isinstance(module, nn.Linear) and not adapter.is_loaded(module):
             nn.init.eye_(module.weight)
 
     @property
