@@ -48,7 +48,8 @@ class Passes:
     def __init__(self, model: PreTrainedModel) -> None:
         lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
         # The first and the last matrix of each layer: a layer or a part of one that is left out is still called.
-        self._layers = [leaves[at] for leaves in map(_matrices, max(lists, key=len)) for at in (0, -1)]
+        layers: list[nn.Module] = max(lists, key=len)
+        self._layers = [leaves[at] for leaves in map(_matrices, layers) for at in (0, -1)]
         self._visits = [0] * len(self._layers)
         self._positions = [0] * len(self._layers)
 
