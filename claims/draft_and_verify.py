@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hf_ext.claims import held_out, speculation
 from hf_ext.claims.held_out import DATA, bootstrap, mean
+from hf_ext.claims.speculation import tokens_per_step
 from hf_ext.generation import DraftAndVerify
 from hf_ext.verify import Claim, Measurement, Threshold
 
@@ -62,7 +63,7 @@ def run(skip: tuple[str, ...] | None, **options: Any) -> list[float]:
     strategy = DraftAndVerify(skip, draft_tokens=4, **options)
     strategy.generate(deeper(), **inputs, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
     assert strategy.report is not None  # set by the call above
-    return [(row["tokens"] - 1) / row["steps"] for row in strategy.report.details["rows"]]
+    return tokens_per_step(strategy.report.details)
 
 
 def search_gain() -> Measurement:

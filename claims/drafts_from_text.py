@@ -10,6 +10,7 @@ import torch
 
 from hf_ext.claims import held_out
 from hf_ext.claims.held_out import bootstrap, mean
+from hf_ext.claims.speculation import tokens_per_step
 from hf_ext.generation import Speculative
 from hf_ext.verify import Measurement
 
@@ -44,7 +45,7 @@ def reports(strategy: Speculative, settings: dict[str, Any], count: int = PROMPT
         strategy.generate(model, **held_out.batch([prompt]), **lengths, **settings)
         assert strategy.report is not None  # set by the call above
         details = strategy.report.details
-        found.append({**details, "tokens_per_call": (TOKENS - 1) / details["steps"]})
+        found.append({**details, "tokens_per_call": tokens_per_step(details)[0]})
     return found
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from hf_ext import demo
 from hf_ext.claims import held_out, speculation
 from hf_ext.claims.held_out import DATA, bootstrap, mean
-from hf_ext.claims.speculation import PROMPTS, TOKENS, tokens_per_call
+from hf_ext.claims.speculation import PROMPTS, TOKENS, tokens_per_call, tokens_per_step
 from hf_ext.generation import LayerSkip
 from hf_ext.layers import only_layers
 from hf_ext.verify import Claim, Measurement, Threshold
@@ -61,7 +61,7 @@ def trained_tokens_per_call() -> list[float]:
     strategy = ours()
     strategy.generate(trained(), **inputs, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
     assert strategy.report is not None  # set by the call above
-    return [(row["tokens"] - 1) / row["steps"] for row in strategy.report.details["rows"]]
+    return tokens_per_step(strategy.report.details)
 
 
 def tokens_gain() -> Measurement:

@@ -74,7 +74,14 @@ def tokens_per_call(strategy: Speculative, count: int = PROMPTS, tokens: int = T
     settings = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, **settings}
     strategy.generate(model, **inputs, **settings)
     assert strategy.report is not None  # set by the call above
-    return [(row["tokens"] - 1) / row["steps"] for row in strategy.report.details["rows"]]
+    return tokens_per_step(strategy.report.details)
+
+
+def tokens_per_step(details: dict[str, Any]) -> list[float]:
+    """Return for every row of a report the tokens that a verified draft gave, its own bonus token included."""
+    # Without a draft under the prompt, the prompt's call gives one token to a draft of nothing.
+    undrafted = 0 if details["drafted_ahead"] else 1
+    return [(row["tokens"] - undrafted) / row["steps"] for row in details["rows"]]
 
 
 def sampled_tokens_per_call(

@@ -74,7 +74,7 @@ def self_draft() -> Measurement:
     inputs = held_out.batch(held_out.prompts(8))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        new = 1 + 8 * (GAMMA + 1)
+        new = 8 * (GAMMA + 1)
         strategy.generate(model, **inputs, do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new)
     assert strategy.report is not None  # set by the call above
     return Measurement(strategy.report.details["mean_accepted"], seeds=(0,), details={"drafted a step": GAMMA})

@@ -68,6 +68,7 @@ class LookupDrafter(Drafter):
 
     def __init__(self, length: int, max_ngram: int) -> None:
         self.length, self.max_ngram = length, max_ngram
+        self.ahead = length
 
     def start(self, context: DraftContext) -> None:
         """Begin an index for every row."""

@@ -116,21 +116,29 @@ class DecodingRun:
 
     # Forward passes
 
-    def prefill(self, **forward_kwargs: Any) -> ModelOutput:
+    def prefill(self, ahead: torch.Tensor | None = None, **forward_kwargs: Any) -> ModelOutput:
         """Run the prompt, fill the cache and make the masks ready for the first new token.
 
         Args:
+            ahead: `(batch, n)` int64 guesses of the next tokens, evaluated behind the prompt in the same
+                forward pass. They enter the cache and the masks, not the ids.
             **forward_kwargs: further arguments of the model's forward (`output_hidden_states=True`).
 
         Returns:
-            The model's output; `logits[:, -1]` are those of the first new token.
+            The model's output; `logits[:, -1]` are those of the first new token, or of the one after the
+            last guess, and the `n` before it those of the tokens that were guessed.
         """
+        ids, kwargs = self.input_ids, self.model_kwargs
+        if ahead is not None:
+            ids, kwargs = torch.cat([ids, ahead], dim=1), adapter.lengthen_kwargs(self.model, kwargs, ahead.shape[1])
+            if "logits_to_keep" in kwargs:
+                kwargs["logits_to_keep"] = ahead.shape[1] + 1
         cached = 0 if self.cache is None else self.cache.get_seq_length()
-        outputs = adapter.prefill(self.model, self.input_ids, self.config, {**self.model_kwargs, **forward_kwargs})
+        outputs = adapter.prefill(self.model, ids, self.config, {**kwargs, **forward_kwargs})
         # The prompt may hold what is in the cache already or not; how much the cache has grown tells.
         grown = 0 if self.cache is None else self.cache.get_seq_length() - cached
-        self._count(len(self.input_ids), grown or self.input_ids.shape[1] + self._embedded)
-        self.model_kwargs = adapter.extend_kwargs(self.model, outputs, self.model_kwargs)
+        self._count(len(self.input_ids), grown or ids.shape[1] + self._embedded)
+        self.model_kwargs = adapter.extend_kwargs(self.model, outputs, kwargs)
         return outputs
 
     def forward(

@@ -41,8 +41,8 @@ class SpeculativeDecoding(Speculative):
         >>> target, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
         >>> strategy = SpeculativeDecoding(draft_model=target, draft_tokens=4)
         >>> ours = target.generate(
-        ...     ids, attention_mask=mask, custom_generate=strategy, max_new_tokens=11, do_sample=False)
-        >>> bool((ours == target.generate(ids, attention_mask=mask, max_new_tokens=11, do_sample=False)).all())
+        ...     ids, attention_mask=mask, custom_generate=strategy, max_new_tokens=10, do_sample=False)
+        >>> bool((ours == target.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)).all())
         True
         >>> strategy.report.details["mean_accepted"]  # a draft model that is the target is always right
         4.0

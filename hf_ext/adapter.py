@@ -38,6 +38,11 @@ def extend_kwargs(
     )
 
 
+def lengthen_kwargs(model: PreTrainedModel, model_kwargs: Mapping[str, Any], columns: int) -> dict[str, Any]:
+    """Return `model_kwargs` with masks and positions of `columns` more tokens, for a prompt that is so much longer."""
+    return model._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=columns)
+
+
 def expand_kwargs(model: PreTrainedModel, model_kwargs: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Repeat every per-row tensor of `model_kwargs` `times` times (the cache is left alone)."""
     kwargs = dict(model_kwargs)
@@ -380,6 +385,13 @@ def layer_window(layer: Any) -> int | None:
     if isinstance(layer, cache_utils.StaticSlidingWindowLayer):
         return int(layer.max_cache_len)
     return None
+
+
+def layer_grows(layer: Any) -> bool:
+    """Tell whether a cache layer takes any number of tokens, rather than being of fixed size."""
+    from transformers import cache_utils
+
+    return not isinstance(layer, cache_utils.StaticLayer)
 
 
 def layer_tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor, int] | None:

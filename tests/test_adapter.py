@@ -100,6 +100,16 @@ def test_extend_kwargs() -> None:
         assert longer["past_key_values"] is out.past_key_values
 
 
+def test_lengthen_kwargs() -> None:
+    config, kwargs = prepared()
+    with stands_on("GenerationMixin._update_model_kwargs_for_generation without outputs"):
+        longer = adapter.lengthen_kwargs(tiny_models.shared("llama"), kwargs, 2)
+        assert longer["attention_mask"].shape[1] == IDS.shape[1] + 2
+        assert longer["position_ids"][:, -2:].tolist() == [[n, n + 1] for n in MASK.sum(1).tolist()]
+        assert longer["past_key_values"] is kwargs["past_key_values"]
+        assert kwargs["attention_mask"].shape[1] == IDS.shape[1], "the caller's arguments were changed"
+
+
 def test_expand_kwargs() -> None:
     states = torch.arange(6.0).view(3, 2, 1)
     given = {"attention_mask": MASK, "encoder_outputs": BaseModelOutput(last_hidden_state=states), "use_cache": True}
@@ -472,6 +482,14 @@ def test_layer_buffers() -> None:
         assert full is not None
         assert full[0].shape[2] == 32
         assert adapter.layer_buffers(filled().layers[0]) is None
+
+
+def test_layer_grows() -> None:
+    model = tiny_models.shared("gemma3")
+    with stands_on("the class of static layers"):
+        static = StaticCache(config=model.config, max_cache_len=32)
+        assert not any(map(adapter.layer_grows, static.layers))
+        assert all(map(adapter.layer_grows, adapter.empty_cache(model).layers))
 
 
 @torch.no_grad()

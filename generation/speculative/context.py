@@ -29,17 +29,16 @@ class DraftContext:
         lanes: for every lane the row of the batch it continues.
         texts: for every lane its tokens so far, padding left out; the last one is the root of the
             next tree, the only one that the target has not read.
-        target: the target's state; lane by lane the same as here.
         greedy: whether the likeliest token is taken, rather than one drawn.
         device: where tokens and scores live.
         outputs: the target's output for the last tree, or for the prompt.
     """
 
-    target: TreeState
     outputs: Any
 
     def __init__(self, run: DecodingRun, rows: RaggedRows) -> None:
         self.run, self.rows = run, rows
+        self._target: TreeState | None = None
         self.lanes = list(range(len(run.input_ids)))
         self.greedy = not run.config.do_sample
         self.device = run.input_ids.device
@@ -60,6 +59,16 @@ class DraftContext:
                 self._other_criteria = True
 
     @property
+    def target(self) -> TreeState:
+        """The target's state, which there is once it has read the prompts."""
+        assert self._target is not None, "the target has not read the prompts yet"
+        return self._target
+
+    @target.setter
+    def target(self, state: TreeState) -> None:
+        self._target = state
+
+    @property
     def plain(self) -> bool:
         """Whether no logits processor applies."""
         return self._plain
@@ -71,7 +80,7 @@ class DraftContext:
     def useful_depth(self, wanted: int) -> int:
         """Return how deep a tree is worth drafting: the last token of a step is not drafted."""
         deepest = max((self.room(lane) - 1 for lane in range(len(self.lanes))), default=0)
-        free = self.target.room()
+        free = None if self._target is None else self._target.room()
         return max(min(wanted, deepest, wanted if free is None else free - 1), 0)
 
     def useful_nodes(self, wanted: int) -> int:

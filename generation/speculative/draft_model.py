@@ -205,6 +205,7 @@ class ChainDrafter(ModelDrafter):
     def __init__(self, model: PreTrainedModel, length: int, confidence: float = 0.0) -> None:
         super().__init__(model)
         self.length, self.confidence = length, confidence
+        self.ahead = length
 
     def propose(self, context: DraftContext) -> DraftTree:
         """Draft a chain under every root."""

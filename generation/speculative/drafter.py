@@ -44,17 +44,24 @@ class Drafter(abc.ABC):
     Attributes:
         calls: forward passes of a draft model, or of a part of the target.
         positions: token positions they evaluated.
+        ahead: length of the longest chain it can draft from the texts alone, before the target has read
+            the prompts; 0 for none. The target then checks the first draft in the call that reads the prompts.
     """
 
     calls: int = 0
     positions: int = 0
+    ahead: int = 0
 
     def reading(self, run: DecodingRun) -> AbstractContextManager[Any]:
         """Return what to hold open while the target reads the prompts, for a drafter that looks inside."""
         return nullcontext()
 
     def start(self, context: DraftContext) -> None:  # noqa: B027  (many have nothing to prepare)
-        """Prepare for a call: the prompts have been read, `context.outputs` is the target's answer."""
+        """Prepare for a call.
+
+        The prompts have been read and `context.outputs` is the target's answer, except for a drafter that
+        drafts `ahead`.
+        """
 
     def first(self, context: DraftContext) -> DraftTree:
         """Return a tree without nodes for the first token, which the target draws alone."""

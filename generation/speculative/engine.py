@@ -11,6 +11,9 @@
        |                                                 |
        +---- TreeState.settle, RaggedRows.accept, Drafter.observe
 
+A drafter that needs nothing of the target drafts its first chain ahead, under the last token of the
+prompt, and the target checks it in the call that reads the prompt: one call less a text.
+
 A method says which drafter it has, and which acceptance rule fits how its drafts come about.
 """
 
@@ -92,33 +95,64 @@ class _Loop:
     def run(self) -> None:
         """Decode until every row is done, here and in synchronised processes."""
         run = self.decoding
-        with self.ledger.time("verify"), self.drafter.reading(run):
-            target, outputs = TreeState.from_prompt(run)
-        self.context.target, self.context.outputs = target, outputs
-        self.ledger.prompt(target.lengths)
-        self._prompt_columns = int(run.cache.get_seq_length())
-        # Tokens in the cache that are not among the ids: those of an earlier call, or embeddings.
-        self._unseen = [n - len(text) for n, text in zip(target.lengths, self.context.texts, strict=True)]
-        if not run.cache_was_given:
-            adapter.release_cache(run.cache)  # what it held is in the target's own cache now
-        with self.ledger.time("draft"):
-            self.drafter.start(self.context)
-            tree = self.drafter.first(self.context)
-        logits = self.strategy.law(outputs.logits[:, -1:], tree, self.context)
-        continues = self._accept(verify(tree, logits, self.context, type(self.strategy).rule, outputs.logits[:, -1:]))
-        if len(continues) < len(self.context.lanes):
-            self._drop(continues)
-            # Lanes that ended with their first token never reach the drafter, which must hear of it.
-            none = DraftTree.empty(logits.shape[0], self.context.device)
-            nothing = [Outcome([], [], [], []) for _ in range(logits.shape[0])]
-            with self.ledger.time("draft"):
-                self.drafter.observe(self.context, Verified(none, logits, nothing, continues))
+        self._read_prompts()
         while run.running:
             if run.any_unfinished:
                 self._step()
             else:
                 self._wait()
         self._close()
+
+    def _read_prompts(self) -> None:
+        """Read the prompts, verify what was drafted ahead, and find the first token of every row."""
+        run, context, started = self.decoding, self.context, time.perf_counter()
+        ahead = self._draft_ahead()
+        guesses = ahead.nodes if ahead is not None else 0
+        with self.ledger.time("verify"), self.drafter.reading(run):
+            target, outputs = TreeState.from_prompt(run, ahead.tokens if ahead is not None and guesses else None)
+        context.target, context.outputs = target, outputs
+        prompts = [length - guesses for length in target.lengths]
+        self.ledger.prompt(prompts)
+        self._prompt_columns = int(run.cache.get_seq_length()) - guesses
+        # Tokens in the cache that are not among the ids: those of an earlier call, or embeddings.
+        self._unseen = [n - len(text) for n, text in zip(prompts, context.texts, strict=True)]
+        if not run.cache_was_given:
+            adapter.release_cache(run.cache)  # what it held is in the target's own cache now
+        tree = ahead
+        if tree is None:
+            with self.ledger.time("draft"):
+                self.drafter.start(context)
+                tree = self.drafter.first(context)
+        with self.ledger.time("bookkeeping"):
+            raw, rows = outputs.logits[:, -(guesses + 1) :], list(context.lanes)
+            logits = self.strategy.law(raw, tree, context)
+            outcomes = verify(tree, logits, context, type(self.strategy).rule, raw)
+            accepted = [len(outcome.nodes) for outcome in outcomes]
+            target.forget([prompt + count for prompt, count in zip(prompts, accepted, strict=True)])
+            continues = self._accept(outcomes)
+            if len(continues) < len(rows):
+                self._drop(continues)
+        if ahead is not None:
+            with self.ledger.time("draft"):
+                self.drafter.observe(context, Verified(ahead, raw, outcomes, continues))
+            self.ledger.step(
+                rows, [ahead.size(lane) for lane in range(ahead.lanes)], accepted, guesses, self.drafter.calls,
+                time.perf_counter() - started, with_prompt=True,
+            )  # fmt: skip
+        elif len(continues) < len(rows):
+            # Lanes that ended with their first token never reach the drafter, which must hear of it.
+            none = DraftTree.empty(len(rows), context.device)
+            nothing = [Outcome([], [], [], []) for _ in rows]
+            with self.ledger.time("draft"):
+                self.drafter.observe(context, Verified(none, raw, nothing, continues))
+
+    def _draft_ahead(self) -> DraftTree | None:
+        """Draft under the last tokens of the prompts, if the drafter can and the target can take it."""
+        if not (self.drafter.ahead and TreeState.takes_ahead(self.decoding, self.drafter.ahead)):
+            return None
+        with self.ledger.time("draft"):
+            self.drafter.start(self.context)
+            return self.drafter.propose(self.context)
 
     def _step(self) -> None:
         context, target, started = self.context, self.context.target, time.perf_counter()

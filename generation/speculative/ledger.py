@@ -25,6 +25,7 @@ class Ledger:
         self.report = report
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.steps = 0
+        self.ahead = False
         self._rows = [
             {"steps": 0, "drafted": 0, "accepted": 0, "target_calls": 1, "target_positions": 0, "draft_calls": 0,
              "seconds": 0.0}
@@ -44,7 +45,7 @@ class Ledger:
             row["target_positions"] += length
 
     def step(self, rows: list[int], drafted: list[int], accepted: list[int], positions: int, draft_calls: int,
-             seconds: float) -> None:  # fmt: skip
+             seconds: float, with_prompt: bool = False) -> None:  # fmt: skip
         """Note a step.
 
         Args:
@@ -54,14 +55,16 @@ class Ledger:
             positions: positions that the target evaluated for each.
             draft_calls: forward passes of a draft model.
             seconds: duration; shared by the rows.
+            with_prompt: whether the call that read the prompts verified this draft, too; `prompt` has noted that call.
         """
         self.steps += 1
+        self.ahead = self.ahead or with_prompt
         for row, nodes, kept in zip(rows, drafted, accepted, strict=True):
             found = self._rows[row]
             found["steps"] += 1
             found["drafted"] += nodes
             found["accepted"] += kept
-            found["target_calls"] += 1
+            found["target_calls"] += not with_prompt
             found["target_positions"] += positions
             found["draft_calls"] += draft_calls
             found["seconds"] += seconds / len(rows)
@@ -77,6 +80,7 @@ class Ledger:
         steps = sum(row["steps"] for row in self._rows)
         details: dict[str, Any] = {
             "steps": self.steps,
+            "drafted_ahead": self.ahead,
             "drafted": int(sum(row["drafted"] for row in self._rows)),
             "draft_positions": draft_positions,
             "mean_accepted": report.accepted / steps if steps else 0.0,

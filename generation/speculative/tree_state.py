@@ -80,15 +80,17 @@ class TreeState:
         return cls(model, RowCache(cache, _windows(model, cache), lanes, limit=limit), [0] * lanes)
 
     @classmethod
-    def from_prompt(cls, run: DecodingRun, **forward: Any) -> tuple[TreeState, ModelOutput]:
+    def from_prompt(cls, run: DecodingRun, ahead: torch.Tensor | None = None) -> tuple[TreeState, ModelOutput]:
         """Run the prompts of a call through its model as `generate` does, and take over the cache.
 
         Args:
             run: the decoding call, before its prompt has been run.
-            **forward: further arguments of the forward pass.
+            ahead: `(batch, n)` int64 guesses of the next tokens, evaluated with the prompt; see `takes_ahead`.
+                They are held like text: `forget` those that turn out wrong.
 
         Returns:
-            The state and the model's output, whose `logits[:, -1]` are those of the first new token.
+            The state and the model's output, whose last `n + 1` logits are those of the token after the
+            prompt and of those after each guess.
 
         Raises:
             ValueError: the cache cannot be addressed by row.
@@ -99,7 +101,7 @@ class TreeState:
             problem = adapter.row_addressing_problem(run.cache)
             if problem is not None:
                 raise ValueError(f"{name} has to forget tokens that were rejected, but {problem}{advice}")
-        outputs = run.prefill(**forward)
+        outputs = run.prefill(ahead)
         problem = adapter.row_addressing_problem(run.cache)
         if problem is None and int(run.cache.get_seq_length()) == 0:
             problem = "the model filled no cache"
@@ -123,6 +125,25 @@ class TreeState:
         limit = max(lengths) + min(room) - run.prompt_length + SCRATCH if room else None
         cache = RowCache(run.cache, _windows(run.model, run.cache), batch, kept, limit)
         return cls(run.model, cache, lengths, offset, _of_batch(kwargs, batch)), outputs
+
+    @staticmethod
+    def takes_ahead(run: DecodingRun, columns: int) -> bool:
+        """Tell whether `columns` guesses can be evaluated with the prompts of a call, and be forgotten again.
+
+        Not where the prompt is not given as ids from the beginning on, where it is read in pieces, or where
+        a layer of the cache drops or cannot hold what comes with the guesses.
+        """
+        kwargs, prompt = run.model_kwargs, run.input_ids.shape[1]
+        if run.cache is None or int(run.cache.get_seq_length()) or run.config.prefill_chunk_size is not None:
+            return False
+        if prompt == 0 or any(name.endswith("token_type_ids") or name == "inputs_embeds" for name in kwargs):
+            return False
+        if adapter.row_addressing_problem(run.cache) is not None or not all(map(adapter.layer_grows, run.cache.layers)):
+            return False
+        total = prompt + columns
+        places = getattr(run.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        windows = [window for window in _windows(run.model, run.cache) if window is not None]
+        return total < min(windows, default=total + 1) and (places is None or total <= places)
 
     @property
     def lanes(self) -> int:

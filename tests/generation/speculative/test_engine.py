@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 
@@ -167,8 +168,7 @@ def test_a_row_that_ends_early_costs_nothing_more():
     assert alive == sorted(alive, reverse=True), f"rows of the target's calls: {alive}"
     rows = strategy.report.details["rows"]
     for row, found in enumerate(rows):
-        took_part = 1 + found["steps"]
-        assert found["target_calls"] == took_part, f"row {row}"
+        assert found["target_calls"] == found["steps"], f"row {row}: the first draft is verified with the prompt"
     assert sum(alive) == sum(found["target_calls"] for found in rows), "rows evaluated against rows that took part"
 
 
@@ -189,9 +189,9 @@ def test_the_report_is_what_hooks_count(kind):
     rows = report.details["rows"]
     assert report.tokens == ours[:, ids.shape[1] :].numel() == sum(row["tokens"] for row in rows)
     assert report.accepted == sum(row["accepted"] for row in rows)
-    # Every step adds what was accepted and one token, but where the end of a row cut it; the prompt adds one.
+    # Every call adds what was accepted and one token, but where the end of a row cut it.
     for row in rows:
-        assert 0 <= row["accepted"] + row["steps"] + 1 - row["tokens"] <= 3
+        assert 0 <= row["accepted"] + row["target_calls"] - row["tokens"] <= 3
     parts = sum(report.details[f"{part}_seconds"] for part in ("draft", "verify", "bookkeeping"))
     assert 0 < parts <= report.seconds
 
@@ -215,10 +215,43 @@ def test_a_draft_model_that_is_the_target_is_always_right(sample):
     ids, mask = tiny_models.prompts(LENGTHS)
     strategy = SpeculativeDecoding(model, draft_tokens=4)
     strategy.generate(
-        model, ids, attention_mask=mask, do_sample=sample, max_new_tokens=26, pad_token_id=PAD, temperature=1.2
+        model, ids, attention_mask=mask, do_sample=sample, max_new_tokens=25, pad_token_id=PAD, temperature=1.2
     )
     assert strategy.report.details["mean_accepted"] == 4.0
-    assert strategy.report.target_calls == 1 + 5, "26 tokens: one with the prompt, then five a call"
+    assert strategy.report.target_calls == 5, "25 tokens: five a call, that of the prompt included"
+
+
+def called_with(model, strategy, ids, mask, **settings):
+    """Run the strategy greedily; return the text and the `(rows, columns)` of the target's calls."""
+    settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": PAD, **settings}
+    strategy.generate(model, ids, attention_mask=mask, **settings)  # asks whether the models take trees
+    return tiny_models.calls_of(model, lambda: strategy.generate(model, ids, attention_mask=mask, **settings))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_the_first_draft_is_verified_with_the_prompt(kind):
+    model = tiny_models.build(kind, **({"sliding_window": 64} if kind == "mistral" else {}))
+    ids, mask = tiny_models.prompts(LENGTHS)
+    for draft in (copy.deepcopy(model), exactness.perturbed(model)):
+        ours, calls = called_with(model, SpeculativeDecoding(draft, 3), ids, mask)
+        same_tokens(ours, plain(model, ids, mask, 12), kind)
+        assert calls[0] == (len(LENGTHS), ids.shape[1] + 3), calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "settings", "reading"),
+    [
+        ("mistral", {"sliding_window": 8}, {}, [12]),  # drops tokens that a rejection would need again
+        ("llama", {}, {"cache_implementation": "static"}, [12]),
+        ("llama", {}, {"prefill_chunk_size": 4}, [4, 4, 4]),
+        ("gpt2", {"n_positions": 14}, {"max_new_tokens": 2}, [12]),
+    ],
+)
+def test_where_a_rejected_draft_could_not_be_forgotten_the_prompt_is_read_alone(kind, changes, settings, reading):
+    model = tiny_models.build(kind, **changes)
+    ids, mask = tiny_models.prompts((12, 9))
+    _, calls = called_with(model, SpeculativeDecoding(exactness.perturbed(model), 3), ids, mask, **settings)
+    assert calls[: len(reading)] == [(2, columns) for columns in reading], calls
 
 
 def test_models_that_cannot_follow_trees_are_refused():

@@ -72,11 +72,11 @@ def test_a_loop_is_accepted_at_full_length():
             model.lm_head.weight[token, (token - 1) % 3] = 1.0
     strategy = PromptLookup(draft_tokens=7)
     out = strategy.generate(
-        model, torch.tensor([[3, 4, 5, 3]]), attention_mask=torch.ones(1, 4), do_sample=False, max_new_tokens=33
+        model, torch.tensor([[3, 4, 5, 3]]), attention_mask=torch.ones(1, 4), do_sample=False, max_new_tokens=32
     )
-    expected = torch.tensor([[3, 4, 5, 3] + [4, 5, 3] * 11])
+    expected = torch.tensor([[3, 4, 5, 3] + [4, 5, 3] * 11])[:, :36]
     same_tokens(out, expected, "a loop of three tokens")
-    assert strategy.report.target_calls == 1 + 4, strategy.report  # the prompt's token, then 8 a call
+    assert strategy.report.target_calls == 4, strategy.report  # 8 a call, the prompt's included
     assert strategy.report.details["mean_accepted"] == 7.0
 
 
