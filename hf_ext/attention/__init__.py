@@ -1,0 +1,5 @@
+"""Structured attention: who may see whom, said once, for every backend."""
+
+from hf_ext.attention.structure import NEVER, AttentionStructure, Tokens
+
+__all__ = ["NEVER", "AttentionStructure", "Tokens"]
