@@ -169,12 +169,14 @@ def shape_of(parents: tuple[int, ...]) -> TreeShape:
                [1, 1, 0],
                [1, 0, 1]])
     """
-    nodes = len(parents)
-    ancestors = np.eye(nodes, dtype=bool)
+    nodes, size = len(parents), -(-len(parents) // 8)
+    lines: list[int] = []  # as bits: a line of an array costs an operation on arrays
     depths: list[int] = []
     for node, parent in enumerate(parents):
-        if parent >= 0:
-            ancestors[node] |= ancestors[parent]
+        lines.append(1 << node | (lines[parent] if parent >= 0 else 0))
         depths.append(1 if parent < 0 else depths[parent] + 1)
+    packed = np.frombuffer(b"".join([line.to_bytes(size, "little") for line in lines]), dtype=np.uint8)
+    bits = np.unpackbits(packed.reshape(nodes, size), axis=1, count=nodes, bitorder="little")
+    ancestors = bits.view(bool)
     ancestors.setflags(write=False)
     return TreeShape(parents, tuple(depths), ancestors)
