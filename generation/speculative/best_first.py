@@ -35,6 +35,9 @@ from hf_ext.generation.speculative.growing import GrowingTrees
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative.without_replacement import gumbel_top_k
 
+#: Line of the parent, token, value of the slot and of the node, of everything that is offered; by lines.
+Offers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
 
 @dataclass
 class Kept:
@@ -46,6 +49,7 @@ class Kept:
         values: estimated probability that the walk of the target takes the node.
         closed: whether the lane grows no more.
         offered: nodes below which something has been offered, -1 for the root.
+        read: where children are not drawn, the values of the nodes that have been read.
     """
 
     nodes: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -53,6 +57,7 @@ class Kept:
     values: np.ndarray = field(default_factory=lambda: np.empty(0))
     closed: bool = False
     offered: set[int] = field(default_factory=set)
+    read: dict[int, float] = field(default_factory=dict)
 
     def bound(self, budget: int, threshold: float) -> float:
         """Return what a slot must exceed to be filled."""
@@ -129,40 +134,80 @@ class BestFirstDrafter(ModelDrafter):
             ]
             if not any(frontier):
                 break
-            # What was read because it was guessed comes first: it may save the call that would follow.
-            known = [[node for node in nodes if node in trees.lines[lane]] for lane, nodes in enumerate(frontier)]
-            if not any(known):
-                self._read(context, trees, frontier, depth)
-                known = frontier
-            where = [(lane, node) for lane, nodes in enumerate(known) for node in nodes]
-            law = trees.law([trees.lines[lane][node] for lane, node in where])
-            bounds = [tree.bound(budget, self.threshold) for tree in kept]
-            parents = [value for tree, nodes in zip(kept, known, strict=True) for value in tree.values_of(nodes)]
-            offers = (_draws if drawn else _likeliest)(law, parents, [bounds[lane] for lane, _ in where], budget)
-            start = 0
-            for lane, nodes in enumerate(known):
-                if nodes:
-                    first, last = np.searchsorted(offers[0], (start, start + len(nodes)))
-                    lines, tokens, slots, values = (column[first:last] for column in offers)
-                    self._offer(trees, lane, kept[lane], nodes, lines - start, tokens, slots, values, budget)
-                    start += len(nodes)
+            if drawn:
+                self._draw(context, trees, kept, frontier, depth, budget)
+            else:
+                self._choose(context, trees, kept, frontier, depth, budget)
         return trees.finish(drawn=drawn, keep=[tree.nodes.tolist() for tree in kept])
 
-    def _read(self, context: DraftContext, trees: GrowingTrees, frontier: list[list[int]], depth: int) -> None:
-        """Read the frontier and, below each lane's most valuable node of it, what is guessed."""
+    def _read(
+        self, context: DraftContext, trees: GrowingTrees, frontier: list[list[int]], depth: int
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        """Read the frontier and, below each lane's most valuable node of it, what is guessed; return nodes and laws."""
         rows = [list(nodes) for nodes in frontier]
         for lane, row in enumerate(rows):
             if not row:
                 continue
-            node = row[0]
+            node, there = row[0], set(row)
             for token in self.guess(context, lane, trees.prefixes[lane][node + 1]):
                 node = trees.add(lane, node, token)
                 if trees.depth(lane, node) >= depth:
                     break  # nothing will be drafted below it
-                if node not in trees.lines[lane] and node not in row:
+                if node not in trees.lines[lane] and node not in there:
                     row.append(node)
+                    there.add(node)
         law = trees.read(rows)
         self.heard(context, trees, [(lane, node) for lane, row in enumerate(rows) for node in row], law)
+        return rows, law
+
+    def _choose(
+        self, context: DraftContext, trees: GrowingTrees, kept: list[Kept], frontier: list[list[int]], depth: int,
+        budget: int,
+    ) -> None:  # fmt: skip
+        """Read the frontier and offer the likeliest children: a slot is worth what its node is worth.
+
+        What is guessed has a value as soon as it is read, so its children are offered along with it.
+        """
+        rows, law = self._read(context, trees, frontier, depth)
+        parents: list[float] = []
+        bounds: list[float] = []
+        for lane, (tree, nodes, row) in enumerate(zip(kept, frontier, rows, strict=True)):
+            tree.read.update(zip(nodes, tree.values_of(nodes), strict=True))
+            for node in row[len(nodes) :]:
+                above = trees.parents[lane][node]
+                tree.read[node] = tree.read[above] * trees.chance(lane, above, trees.tokens[lane][node])
+            parents += [tree.read[node] for node in row]
+            bounds += [tree.bound(budget, self.threshold)] * len(row)
+        self._offer_all(trees, kept, rows, _likeliest(law, parents, bounds, budget), budget)
+
+    def _draw(
+        self, context: DraftContext, trees: GrowingTrees, kept: list[Kept], frontier: list[list[int]], depth: int,
+        budget: int,
+    ) -> None:  # fmt: skip
+        """Offer drawn children of the nodes of the frontier that have been read, or else read the frontier."""
+        # What was read because it was guessed comes first: it may save the call that would follow.
+        known = [[node for node in nodes if node in trees.lines[lane]] for lane, nodes in enumerate(frontier)]
+        if not any(known):
+            self._read(context, trees, frontier, depth)
+            known = frontier
+        law = trees.law([trees.lines[lane][node] for lane, nodes in enumerate(known) for node in nodes])
+        parents, bounds = [], []
+        for tree, nodes in zip(kept, known, strict=True):
+            parents += tree.values_of(nodes)
+            bounds += [tree.bound(budget, self.threshold)] * len(nodes)
+        self._offer_all(trees, kept, known, _draws(law, parents, bounds, budget), budget)
+
+    def _offer_all(
+        self, trees: GrowingTrees, kept: list[Kept], parents: list[list[int]], offers: Offers, budget: int
+    ) -> None:
+        """Hand the offers to their lanes; they lie line by line, lane after lane."""
+        start = 0
+        for lane, nodes in enumerate(parents):
+            if nodes:
+                first, last = offers[0].searchsorted((start, start + len(nodes)))
+                lines, tokens, slots, values = (column[first:last] for column in offers)
+                self._offer(trees, lane, kept[lane], nodes, lines - start, tokens, slots, values, budget)
+                start += len(nodes)
 
     def _offer(
         self, trees: GrowingTrees, lane: int, tree: Kept, parents: list[int], lines: np.ndarray, tokens: np.ndarray,
@@ -170,16 +215,23 @@ class BestFirstDrafter(ModelDrafter):
     ) -> None:  # fmt: skip
         """Keep the best of a lane's nodes and what could stand below `parents`."""
         tree.offered.update(parents)
+        if not len(slots) and not self.gain:
+            return
         old = len(tree.nodes)
-        all_slots = np.concatenate([tree.slots, slots])
+        all_slots = np.concatenate((tree.slots, slots))
         # Stable: of equal slots the one that was there first, which is never below or after another, is kept.
         order = (-all_slots).argsort(kind="stable")[:budget]
-        nodes = np.concatenate([tree.nodes, np.full(len(slots), -1)])
-        for at in order[order >= old].tolist():
-            nodes[at] = trees.add(lane, parents[lines[at - old]], int(tokens[at - old]))
+        new = order >= old
+        which = order[new] - old
+        nodes = np.empty(len(order), dtype=np.int64)
+        nodes[~new] = tree.nodes[order[~new]]
+        nodes[new] = [
+            trees.add(lane, parents[line], token)
+            for line, token in zip(lines[which].tolist(), tokens[which].tolist(), strict=True)
+        ]
         before = tree.values.sum()
-        tree.nodes, tree.slots = nodes[order], all_slots[order]
-        tree.values = np.concatenate([tree.values, values])[order]
+        tree.nodes, tree.slots = nodes, all_slots[order]
+        tree.values = np.concatenate((tree.values, values))[order]
         # Where children are drawn, a slot of high value may get an unlikely token, and the sum may fall.
         if self.gain and tree.values.sum() - before < self.gain:
             tree.closed = True
@@ -187,22 +239,23 @@ class BestFirstDrafter(ModelDrafter):
 
 #: Children that must be likelier than this are compared with their bound, others sorted.
 RARE = 1e-4
-#: Line of the parent, token, value of the slot and of the node, of everything that is offered; by lines.
-Offers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _likeliest(law: torch.Tensor, parents: list[float], bounds: list[float], budget: int) -> Offers:
     """Offer the likeliest children: a slot is worth what its node is worth."""
-    least = [bound / value for bound, value in zip(bounds, parents, strict=True)]
+    # A node that rounding has made worthless has no children.
+    least = [bound / value if value else 1.0 for bound, value in zip(bounds, parents, strict=True)]
     if min(least) < RARE:
         top, best = law.topk(min(budget, law.shape[-1]), dim=-1)
         probabilities = top.cpu().double().numpy()
         lines, places = (probabilities > np.array(least)[:, None]).nonzero()
         found, chosen = best.cpu().numpy()[lines, places], probabilities[lines, places]
     else:  # few tokens pass, and telling which is cheaper than sorting
-        at = (law > torch.tensor(least, device=law.device)[:, None]).nonzero(as_tuple=True)
-        lines, found = (index.cpu().numpy() for index in at)
-        chosen = law[at].cpu().double().numpy()
+        passing = law > torch.tensor(least, device=law.device)[:, None]
+        # On a CPU numpy finds them several times faster; on a GPU only what passes is to be copied.
+        at = np.flatnonzero(passing.numpy()) if law.device.type == "cpu" else passing.view(-1).nonzero()[:, 0]
+        chosen = law.reshape(-1)[at].cpu().double().numpy()
+        lines, found = np.divmod(torch.as_tensor(at).cpu().numpy(), law.shape[-1])
     values = chosen * np.array(parents)[lines]
     return lines, found, values, values
 

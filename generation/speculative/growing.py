@@ -99,6 +99,15 @@ class GrowingTrees:
             return there
         return there.index_select(0, torch.tensor(places, device=there.device))
 
+    def chance(self, lane: int, parent: int, token: int) -> float:
+        """Return the probability of a token below a node that has been read."""
+        line = self.lines[lane][parent]
+        for laws in self.laws:
+            if line < len(laws):
+                break
+            line -= len(laws)
+        return float(laws[line, token])
+
     def finish(
         self, *, drawn: bool, keep: list[list[int]] | None = None, draws: list[dict[int, list[int]]] | None = None
     ) -> DraftTree:
