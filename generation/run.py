@@ -13,6 +13,7 @@ collected outputs and the report.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class DecodingRun:
         keep_scores: whether the caller wants the processed scores of every token.
         keep_logits: likewise the raw logits.
         model_kwargs: forward arguments for the next call.
+        reader: what runs the prompt through the model, given its ids and forward arguments (which it may
+            change for the calls after it); `generate`'s own way by default.
+        step_masks: gives the attention mask of a step after which the text has so many columns, where it is
+            not the one that `model_kwargs` say.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class DecodingRun:
         self.prompt_length = input_ids.shape[1]
         embeds = model_kwargs.get("inputs_embeds")
         self._embedded = 0 if embeds is None or input_ids.shape[1] else embeds.shape[1]
+        self.reader: Callable[[torch.Tensor, dict[str, Any]], ModelOutput] | None = None
+        self.step_masks: Callable[[int], Any] | None = None
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.encoder_decoder: bool = model.config.is_encoder_decoder
         pad = adapter.special_token(config, "pad")
@@ -134,7 +141,12 @@ class DecodingRun:
             if "logits_to_keep" in kwargs:
                 kwargs["logits_to_keep"] = ahead.shape[1] + 1
         cached = 0 if self.cache is None else self.cache.get_seq_length()
-        outputs = adapter.prefill(self.model, ids, self.config, {**kwargs, **forward_kwargs})
+        if self.reader is None:
+            outputs = adapter.prefill(self.model, ids, self.config, {**kwargs, **forward_kwargs})
+        else:
+            given = {**kwargs, **forward_kwargs}
+            outputs = self.reader(ids, given)
+            kwargs = {**kwargs, "position_ids": given["position_ids"]}
         # The prompt may hold what is in the cache already or not; how much the cache has grown tells.
         grown = 0 if self.cache is None else self.cache.get_seq_length() - cached
         self._count(len(self.input_ids), grown or ids.shape[1] + self._embedded)
@@ -157,6 +169,8 @@ class DecodingRun:
         kwargs = self.model_kwargs if model_kwargs is None else model_kwargs
         width = 1 if kwargs.get("use_cache", True) else tokens.shape[1]
         inputs = adapter.next_inputs(self.model, tokens, kwargs, width)
+        if self.step_masks is not None:
+            inputs["attention_mask"] = self.step_masks(tokens.shape[1])
         outputs = self.model(**{**inputs, **forward_kwargs}, return_dict=True)
         self._count(len(tokens), width)
         updated = adapter.extend_kwargs(self.model, outputs, kwargs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -210,6 +211,11 @@ class _Call:
     streamer: BaseStreamer | None
     synced_gpus: bool | None
     tokenizer: Any
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the strategy: generate reads from it which further inputs there are."""
+        return inspect.signature(self.strategy)
 
     def __call__(self, model: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
         kept = {"streamer": self.streamer, "synced_gpus": self.synced_gpus, "tokenizer": self.tokenizer}

@@ -1,0 +1,1 @@
+"""Prompts with structure: sets, parallel windows, bidirectional spans."""
