@@ -367,7 +367,9 @@ class AttentionStructure:
             if nodes is not None and ancestors is not None:
                 node = at(nodes, row, key)
                 number = node.clamp_min(0)
-                words = ancestors[0, query, number // 64] if len(ancestors) == 1 else ancestors[row, query, number // 64]
+                words = (
+                    ancestors[0, query, number // 64] if len(ancestors) == 1 else ancestors[row, query, number // 64]
+                )
                 found = found & ((node < 0) | (((words >> (number % 64)) & 1) != 0))
             return found
 
