@@ -124,8 +124,8 @@ class StructuredPrompting(DecodingStrategy):
             # A sliding layer drops columns by their number, where a structure counts positions.
             if not isinstance(inner, PlainDecoding):
                 raise ValueError(
-                    f"{type(run.model).__name__} has sliding windows of {min(windows)} tokens, less than prompt and text "
-                    f"take; with decode_with={type(inner).__name__} {name} needs a text that stays within the window"
+                    f"{type(run.model).__name__} has sliding windows of {min(windows)} tokens, less than prompt and "
+                    f"text take; with decode_with={type(inner).__name__} {name} needs a text that stays within the window"
                 )
             run.model_kwargs["past_key_values"] = DynamicCache()
             run.step_masks = lambda length: masks_for(
