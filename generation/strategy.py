@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -62,8 +61,17 @@ class DecodingStrategy(abc.ABC):
     #: Whether it works on encoder-decoder models.
     encoder_decoder: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `dataclass` writes a `__repr__` that prints whole models, unless it finds one in the class itself.
+        cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
     def __post_init__(self) -> None:
         self.check_options()
+
+    def __repr__(self) -> str:
+        shown = (f"{f.name}={_shown(getattr(self, f.name, None))}" for f in dataclasses.fields(self) if f.repr)
+        return f"{type(self).__qualname__}({', '.join(shown)})"
 
     @abc.abstractmethod
     def decode(self, run: DecodingRun) -> None:
@@ -203,6 +211,19 @@ class DecodingStrategy(abc.ABC):
             return model.generate(inputs, stopping_criteria=criteria, streamer=streamer, custom_generate=call, **kwargs)
 
 
+def _shown(value: Any) -> str:
+    """Show an option, of a model only its class and size."""
+    if isinstance(value, torch.nn.Module):
+        millions = sum(parameter.numel() for parameter in value.parameters()) / 1e6
+        return f"<{type(value).__name__}, {millions:{'.2g' if millions < 10 else ',.0f'}} M parameters>"
+    if type(value) in (list, tuple):
+        inside = ", ".join(map(_shown, value))
+        if type(value) is list:
+            return f"[{inside}]"
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return repr(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """A strategy together with the arguments that transformers does not pass on."""
@@ -211,11 +232,6 @@ class _Call:
     streamer: BaseStreamer | None
     synced_gpus: bool | None
     tokenizer: Any
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the strategy: generate reads from it which further inputs there are."""
-        return inspect.signature(self.strategy)
 
     def __call__(self, model: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
         kept = {"streamer": self.streamer, "synced_gpus": self.synced_gpus, "tokenizer": self.tokenizer}
