@@ -95,11 +95,11 @@ class BeamDrafter(ModelDrafter):
         total = torch.zeros(len(frontier), 1, dtype=torch.float64, device=context.device)  # of log-probabilities
         noisy = total
         for _ in range(depth):
-            log_law = _beside(trees.read(frontier).log(), frontier, total.shape[1])
+            law = _beside(trees.read(frontier), frontier, total.shape[1])
             if context.greedy:
-                parents, tokens, total, noisy = _beam_step(log_law, total, width)
+                parents, tokens, total, noisy = _beam_step(law, total, width)
             else:
-                parents, tokens, total, noisy = stochastic_beam_step(log_law, total, noisy, width)
+                parents, tokens, total, noisy = stochastic_beam_step(law, total, noisy, width)
             # In falling order of the noisy values, which is the order in which siblings were drawn.
             level = [
                 [(place, token) for place, token in zip(*pairs, strict=True) if token >= 0]
@@ -123,14 +123,17 @@ def _beside(lines: torch.Tensor, frontier: list[list[int]], width: int) -> torch
 
 
 def _beam_step(
-    log_law: torch.Tensor, total: torch.Tensor, width: int
+    law: torch.Tensor, total: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return parents, tokens and log-probabilities, twice, of the likeliest sequences, as the stochastic step does."""
-    vocabulary = log_law.shape[-1]
-    flat = (total[..., None] + log_law).flatten(1)
-    best, index = flat.topk(min(width, flat.shape[1]), dim=-1)
+    vocabulary = law.shape[-1]
+    # Only a parent's best can be among the best of all; choosing from few is cheaper than from all.
+    chances, tokens = law.topk(min(width, vocabulary), dim=-1)
+    sequences = (total[..., None] + chances.double().log()).flatten(1)
+    best, index = sequences.topk(min(width, sequences.shape[1]), dim=-1)
     none = best.isneginf()
-    return (index // vocabulary).masked_fill(none, -1), (index % vocabulary).masked_fill(none, -1), best, best
+    parents = (index // chances.shape[-1]).masked_fill(none, -1)
+    return parents, tokens.flatten(1).gather(1, index).masked_fill(none, -1), best, best
 
 
 @dataclass

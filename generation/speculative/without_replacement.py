@@ -5,12 +5,14 @@ one after the other without replacement (arXiv:1903.06059). For sequences the sa
 going through all of them: a node's value is the largest of the sequences under it, so the values
 of children are drawn given that their largest is the value of their parent.
 
+With a value `G` of log-probability `log p`, `exp(-G)` is an exponential time of rate `p`: the k
+largest values are the k first arrivals of a race. Beams are drawn as races, in which noise costs half.
+
 The noise is drawn in float64: in float32 it comes in steps of 6e-8, which tells unlikely tokens apart badly.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ class BeamStep(NamedTuple):
     Attributes:
         parents: `(..., k)` int64, index into the level above; -1 where there is no node.
         tokens: `(..., k)` int64; -1 where there is no node.
-        log_probs: `(..., k)` log-probability of the sequence down to the node.
+        log_probs: `(..., k)` float64, log-probability of the sequence down to the node.
         perturbed: `(..., k)` float64, its log-probability with noise, falling; `-inf` where there is no node.
     """
 
@@ -60,7 +62,7 @@ def gumbel_top_k(scores: torch.Tensor, k: int, generator: torch.Generator | None
 
 
 def stochastic_beam_step(
-    log_probs: torch.Tensor,
+    law: torch.Tensor,
     cumulative: torch.Tensor,
     perturbed: torch.Tensor,
     k: int,
@@ -68,20 +70,21 @@ def stochastic_beam_step(
 ) -> BeamStep:
     """Draw the next level of a beam of distinct sequences.
 
-    With `G` the noisy log-probability of a child, `Z` the largest among its siblings and `T` the
-    value of their parent, the child's value given that the largest is `T` is
-    `-log(exp(-T) - exp(-Z) + exp(-G))`, computed as `T - max(0, v) - log(1 + exp(-|v|))` with
-    `v = T - G + log(1 - exp(G - Z))`. The k largest over all parents make the level. The children of
+    A child whose noisy log-probability is `G` arrives at the time `exp(-G)`. Given that the largest
+    value among siblings is their parent's, all of them are shifted in time: the first arrives with
+    the parent, and the others as much later as they came after the first. (This is what
+    `-log(exp(-T) - exp(-Z) + exp(-G))` in the paper says, where `T` is the parent's value and `Z` the
+    largest among the siblings.) The k first of all parents make the level. The children of
     one parent, in falling order, are draws without replacement from its conditional distribution, so
     `without_replacement` judges them exactly, however many of them are kept.
     Source: arXiv:1903.06059, stochastic beam search.
 
     Args:
-        log_probs: `(..., parents, vocab)` log-probabilities of the next token under each parent.
+        law: `(..., parents, vocab)` law of the next token under each parent.
         cumulative: `(..., parents)` log-probabilities of the parents' sequences, 0 for a root.
         perturbed: `(..., parents)` their noisy values, 0 for a root; `-inf` for a parent that is not there.
         k: number of nodes to keep.
-        generator: source of random numbers, on the device of `log_probs`.
+        generator: source of random numbers, on the device of `law`.
 
     Returns:
         The new level. Where fewer than `k` children have a probability, it ends in nodes that are not
@@ -92,7 +95,7 @@ def stochastic_beam_step(
 
     Example:
         >>> root = torch.zeros(1)
-        >>> table = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]).log()
+        >>> table = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
         >>> generator = torch.Generator().manual_seed(0)
         >>> first = stochastic_beam_step(table[:1], root, root, 2, generator)
         >>> second = stochastic_beam_step(table[first.tokens], first.log_probs, first.perturbed, 8, generator)
@@ -100,21 +103,32 @@ def stochastic_beam_step(
         True
     """
     _check(k)
-    vocab = log_probs.shape[-1]
-    sequences = cumulative[..., None] + log_probs
-    # Only a parent's k best can be among the k best of all, and what follows does not change their order.
-    values, tokens = _with_gumbel(sequences, generator).topk(min(k, vocab))
-    values = _with_maximum(values, perturbed[..., None])
-    siblings = values.shape[-1]
-    kept, index = values.flatten(-2).topk(min(k, values.shape[-2] * siblings))
-    absent = kept.isneginf()
-    step = BeamStep(
-        parents=(index // siblings).masked_fill(absent, -1),
-        tokens=tokens.flatten(-2).gather(-1, index).masked_fill(absent, -1),
-        log_probs=sequences.gather(-1, tokens).flatten(-2).gather(-1, index).masked_fill(absent, -torch.inf),
-        perturbed=kept,
+    clocks = _exponential(law, generator).div_(law)
+    # Only a parent's k first can be among the k first of all: on its own clock, which runs from 0 and at rate 1.
+    local, tokens = clocks.topk(min(k, law.shape[-1]), largest=False)
+    siblings = local.shape[-1]
+    cumulative, values = cumulative.double(), perturbed.double()
+    there = values.isfinite() & local[..., 0].isfinite()
+    # Rates and times are taken relative to the likeliest parent, so that none is out of range.
+    scale = cumulative.masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
+    scale = scale.masked_fill(scale.isneginf(), 0.0)
+    delays = (local - local[..., :1]) / (cumulative - scale).exp()[..., None]
+    times = (scale - values).exp()[..., None] + delays
+    # What is not there never arrives, although its delay may be infinite less infinite.
+    times = times.masked_fill(~(there[..., None] & local.isfinite()), torch.inf).flatten(-2)
+    kept, index = times.topk(min(k, times.shape[-1]), largest=False)
+    parents, absent = index // siblings, kept.isinf()
+    tokens = tokens.flatten(-2).gather(-1, index)
+    # What arrives with its parent has the parent's value to the last bit.
+    noisy = torch.where(index % siblings == 0, values.gather(-1, parents), scale - kept.log())
+    chances = law.flatten(-2).gather(-1, parents * law.shape[-1] + tokens)
+    log_probs = cumulative.gather(-1, parents) + chances.double().log()
+    return BeamStep(
+        parents=_pad(parents.masked_fill(absent, -1), k, -1),
+        tokens=_pad(tokens.masked_fill(absent, -1), k, -1),
+        log_probs=_pad(log_probs.masked_fill(absent, -torch.inf), k, -torch.inf),
+        perturbed=_pad(noisy.masked_fill(absent, -torch.inf), k, -torch.inf),
     )
-    return BeamStep(*(_pad(x, k, -torch.inf if x.is_floating_point() else -1) for x in step))
 
 
 def _check(k: int) -> None:
@@ -122,21 +136,15 @@ def _check(k: int) -> None:
         raise ValueError(f"the number of tokens to draw must be at least 1, got {k}")
 
 
+def _exponential(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw independent exponential times of rate 1, in float64."""
+    noise = torch.empty_like(like, dtype=torch.float64).uniform_(generator=generator)
+    return noise.clamp_(min=2.0**-54).log_().neg_()  # 0 would make a token impossible
+
+
 def _with_gumbel(scores: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Add independent standard Gumbel noise, in float64."""
-    noise = torch.empty_like(scores, dtype=torch.float64).uniform_(generator=generator)
-    noise.clamp_(min=2.0**-54)  # 0 would make a token impossible
-    return noise.log_().neg_().log_().neg_().add_(scores)
-
-
-def _with_maximum(values: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-    """Turn `(..., n)` Gumbel values, falling, into such ones given that their largest is `(..., 1)` `maximum`."""
-    below = values - values[..., :1]
-    log_gap = torch.where(below > -math.log(2), (-below.expm1()).log(), (-below.exp()).log1p())
-    v = maximum - values + log_gap
-    shifted = maximum - v.clamp(min=0) - (-v.abs()).exp().log1p()
-    # The formula is undefined where a parent or a child is not there: infinite less infinite.
-    return shifted.masked_fill(values.isneginf() | maximum.isneginf(), -torch.inf)
+    return _exponential(scores, generator).log_().neg_().add_(scores)
 
 
 def _pad(x: torch.Tensor, k: int, value: float) -> torch.Tensor:

@@ -101,8 +101,8 @@ def two_levels(n: int, k: int, widths: tuple[int, int] | None = None, seed: int 
     generator = seeded(seed)
     first_k, second_k = widths or (k, k)
     zero = torch.zeros(n, 1, dtype=torch.float64)
-    first = stochastic_beam_step(ROOT.log().expand(n, 1, 3), zero, zero, first_k, generator)
-    table = BELOW.log()[first.tokens]
+    first = stochastic_beam_step(ROOT.expand(n, 1, 3), zero, zero, first_k, generator)
+    table = BELOW[first.tokens]
     return first, stochastic_beam_step(table, first.log_probs, first.perturbed, second_k, generator)
 
 
@@ -116,7 +116,7 @@ def test_sequences_have_the_law_of_drawing_whole_sequences_one_after_the_other(k
 
 def test_siblings_have_the_law_of_drawing_one_after_the_other() -> None:
     zero = torch.zeros(200_000, 1)
-    step = stochastic_beam_step(ROOT.log().expand(200_000, 1, 3), zero, zero, 3, seeded())
+    step = stochastic_beam_step(ROOT.expand(200_000, 1, 3), zero, zero, 3, seeded())
     assert_law(step.tokens, sequential(ROOT[0].tolist(), 3))
 
 
@@ -153,21 +153,21 @@ def test_nodes_that_are_not_there_are_marked_and_have_no_children() -> None:
         assert (part[~absent] >= 0).all()
     assert second.log_probs[absent].isneginf().all()
     assert not any(part.isnan().any() for part in (second.perturbed, second.log_probs))
-    third = stochastic_beam_step(BELOW.log()[second.tokens], second.log_probs, second.perturbed, 40, seeded())
+    third = stochastic_beam_step(BELOW[second.tokens], second.log_probs, second.perturbed, 40, seeded())
     assert not third.perturbed.isnan().any()
     assert (third.parents < 6).all()
 
 
 def test_parent_is_absent_by_its_value_alone() -> None:
     perturbed = torch.tensor([-torch.inf, 0.0])
-    step = stochastic_beam_step(BELOW[:1].log().expand(2, 3), torch.zeros(2), perturbed, 6, seeded())
+    step = stochastic_beam_step(BELOW[:1].expand(2, 3), torch.zeros(2), perturbed, 6, seeded())
     assert step.parents.tolist() == [1, 1, 1, -1, -1, -1]
     assert step.perturbed[3:].isneginf().all()
 
 
 def test_parent_without_any_possible_child_has_none() -> None:
-    log_probs = torch.stack([torch.full((3,), -torch.inf, dtype=torch.float64), BELOW[0].log()])
-    step = stochastic_beam_step(log_probs, torch.zeros(2), torch.zeros(2), 6, seeded())
+    law = torch.stack([torch.zeros(3, dtype=torch.float64), BELOW[0]])
+    step = stochastic_beam_step(law, torch.zeros(2), torch.zeros(2), 6, seeded())
     assert step.parents.tolist() == [1, 1, 1, -1, -1, -1]
     assert step.perturbed[3:].isneginf().all()
 
@@ -175,9 +175,9 @@ def test_parent_without_any_possible_child_has_none() -> None:
 def test_values_are_conditioned_without_loss_far_from_zero() -> None:
     """Parents of log-probability about -1000, as at the end of a long text: differences are as near 0."""
     zero = torch.zeros(200, 1, dtype=torch.float64)
-    log_probs = torch.randn(200, 1, 50, generator=seeded(), dtype=torch.float64).log_softmax(-1)
-    near = stochastic_beam_step(log_probs, zero, zero, 50, seeded(1))
-    far = stochastic_beam_step(log_probs, zero - 1000, zero - 1000, 50, seeded(1))
+    law = torch.randn(200, 1, 50, generator=seeded(), dtype=torch.float64).softmax(-1)
+    near = stochastic_beam_step(law, zero, zero, 50, seeded(1))
+    far = stochastic_beam_step(law, zero - 1000, zero - 1000, 50, seeded(1))
     assert torch.equal(near.tokens, far.tokens)
     assert near.perturbed.isfinite().all()
     error = (near.perturbed - far.perturbed - 1000).abs().max()
