@@ -7,7 +7,7 @@ when a transformers release moves one of them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -480,3 +480,187 @@ def release_cache(cache: Cache) -> None:
 def is_loaded(module: torch.nn.Module) -> bool:
     """Tell whether a module's weights come from a checkpoint, and must not be drawn anew (`_is_hf_initialized`)."""
     return bool(getattr(module, "_is_hf_initialized", False))
+
+
+def attention_mappings() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the registered attention functions and mask functions by name, as all models look them up.
+
+    Stands on `_global_mapping` of `AttentionInterface` and `AttentionMaskInterface`: the public `register` can
+    neither tell what is there nor take a name back.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    return AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Call what transformers runs for `attn_implementation="sdpa"` (`integrations.sdpa_attention`)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def sdpa_mask(**kwargs: Any) -> torch.Tensor | None:
+    """Call what transformers builds masks with for `attn_implementation="sdpa"` (`masking_utils.sdpa_mask`)."""
+    from transformers.masking_utils import sdpa_mask as build
+
+    return build(**kwargs)
+
+
+def mask_is_needless(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    attention_mask: torch.Tensor | None,
+    local_size: int | None,
+    allow_is_causal_skip: bool,
+    allow_is_bidirectional_skip: bool,
+) -> bool:
+    """Tell whether `sdpa_mask` would return None: the attention function's `is_causal` says it all.
+
+    Stands on `_ignore_causal_mask_sdpa` and `_ignore_bidirectional_mask_sdpa`. The arguments are those of a mask
+    function, `attention_mask` the one of two dimensions.
+    """
+    from transformers import masking_utils
+
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if allow_is_causal_skip and masking_utils._ignore_causal_mask_sdpa(
+        padding, q_length, kv_length, q_offset, kv_offset, local_size
+    ):
+        return True
+    return allow_is_bidirectional_skip and masking_utils._ignore_bidirectional_mask_sdpa(padding, kv_length, local_size)
+
+
+#: Factories of mask functions in `transformers.masking_utils`, what they are called here, and what they close over.
+_MASK_FACTORIES = {
+    "sliding_window_overlay": ("window", ("sliding_window",)),
+    "sliding_window_bidirectional_overlay": ("near", ("sliding_window",)),
+    "chunked_overlay": ("chunks", ("chunk_size", "left_padding")),
+    "blockwise_overlay": ("blocks", ("block_sequence_ids",)),
+    "padding_mask_function": ("padding", ("padding_mask",)),
+    "packed_sequence_mask_function": ("sequences", ("packed_sequence_mask",)),
+}
+
+
+def describe_mask_function(function: Callable[..., Any]) -> list[tuple[Any, ...]] | None:
+    """Say of which parts a mask function consists, all of which must hold.
+
+    Stands on the factories of `transformers.masking_utils`: a closure is recognised by its code, which must be
+    the one that the factory makes, and read by the names of its variables.
+
+    Args:
+        function: what transformers gives to mask functions as `mask_function`.
+
+    Returns:
+        The parts, each a kind and its values, with `q` and `k` for the indices of query and key, or None if
+        there is one that is not known:
+
+        - `("causal",)`: `k <= q`; `("everything",)`: all.
+        - `("window", n)`: `k > q - n`; `("near", n)`: `abs(q - k) <= n`.
+        - `("chunks", n, left)`: equal `(index - left[row]) // n`.
+        - `("sequences", ids)`: equal `ids[row, index]`; `("blocks", ids)`: the same, and not negative.
+        - `("padding", mask)`: `mask[row, k]`.
+        - `("renumbered", numbers, parts)`: the parts hold for `numbers[row, index]` instead of the indices.
+        - `("any", parts, parts, ...)`: one of several lists of parts holds.
+    """
+    from transformers import masking_utils
+
+    if function is masking_utils.causal_mask_function:
+        return [("causal",)]
+    if function is masking_utils.bidirectional_mask_function:
+        return [("everything",)]
+    code = getattr(function, "__code__", None)
+    if code is None or not function.__closure__:
+        return None
+    values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__, strict=True)}
+
+    def made_by(name: str) -> bool:
+        factory = getattr(masking_utils, name, None)  # some came after transformers 5.17
+        return factory is not None and any(constant is code for constant in factory.__code__.co_consts)
+
+    for name, (kind, variables) in _MASK_FACTORIES.items():
+        if made_by(name):
+            return [(kind, *(values[variable] for variable in variables))]
+    if made_by("remap_positions_for_packed_sequence"):
+        inner = describe_mask_function(values["mask_function"])
+        return None if inner is None else [("renumbered", values["position_ids"], inner)]
+    if made_by("and_masks") or made_by("or_masks"):
+        members = [describe_mask_function(member) for member in values["mask_functions"]]
+        if any(member is None for member in members):
+            return None
+        return [part for member in members for part in member] if made_by("and_masks") else [("any", *members)]
+    return None
+
+
+def attention_configs(model: torch.nn.Module) -> list[Any]:
+    """Return the configs, each once, from which attention modules of a model read which attention to run.
+
+    Raises:
+        ValueError: a part of the model does not look its attention up in transformers' `AttentionInterface`.
+    """
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
+            raise ValueError(
+                f"the attention of {type(module).__name__} cannot be replaced: its code does not use transformers' "
+                "AttentionInterface"
+            )
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            config = config.get_text_config(decoder=True)
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+def attention_of(config: Any) -> str:
+    """Return the name of the attention that modules with this config run."""
+    return config._attn_implementation or "eager"
+
+
+def switch_attention(config: Any, name: str) -> None:
+    """Let modules with this config run another attention (`_attn_implementation_internal`), nothing else."""
+    config._attn_implementation_internal = name
+
+
+def attention_function(name: str, module: torch.nn.Module) -> Callable[..., Any]:
+    """Return what transformers calls for an attention module under the implementation of this name.
+
+    The eager one is not registered; it is `eager_attention_forward` of the file that a module's class is in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import sys
+
+    from transformers import AttentionInterface
+
+    if name != "eager":
+        return AttentionInterface()[name]
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"found no eager_attention_forward beside {type(module).__name__}; load the model with another "
+        "attn_implementation, such as 'sdpa'"
+    )
+
+
+def register_attention_like(name: str, function: Callable[..., Any], own: str) -> None:
+    """Register an attention function under a new name, with the masks of the implementation called `own`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, function)
+    masks = AttentionMaskInterface()
+    if own in masks.valid_keys():
+        AttentionMaskInterface.register(name, masks[own])
+
+
+def masks_like(name: str, others: Iterable[str]) -> str | None:
+    """Return the one of some implementations that has the same mask function as `name`, or None."""
+    masks = attention_mappings()[1]
+    own = masks.get(name)
+    return next((other for other in others if own is not None and masks.get(other) is own), None)

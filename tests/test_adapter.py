@@ -556,3 +556,31 @@ def test_is_loaded(tmp_path: Path) -> None:
         assert not adapter.is_loaded(fresh)
         fresh._is_hf_initialized = True  # type: ignore[assignment]
         assert adapter.is_loaded(fresh)
+
+
+@pytest.mark.parametrize("kind", tiny_models.DECODERS)
+def test_attention_configs_and_switch_attention(kind: str) -> None:
+    with stands_on("_attn_implementation_internal, looked up by every attention layer"):
+        model = tiny_models.build(kind)
+        [config] = adapter.attention_configs(model)
+        assert adapter.attention_of(config) == "sdpa"
+        own = {m: adapter.attention_function("sdpa", m) for m in model.modules() if hasattr(m, "layer_idx")}
+        calls: list[Any] = []
+
+        def spy(module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return own[module](module, *args, **kwargs)
+
+        adapter.register_attention_like("canary_of_the_adapter", spy, "sdpa")
+        expected = model(IDS).logits
+        adapter.switch_attention(config, "canary_of_the_adapter")
+        assert torch.equal(model(IDS).logits, expected)
+        assert len(calls) == 2, f"{kind}: {len(calls)} of 2 layers asked for the attention that its config names"
+        adapter.switch_attention(config, "eager")
+        eager = adapter.attention_function("eager", calls[0])
+        assert eager.__name__ == "eager_attention_forward"
+        assert (model(IDS).logits - expected).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="OpenAIGPT"):
+        adapter.attention_configs(tiny_models.shared("openai-gpt"))
+    with pytest.raises(ValueError, match="found no eager"):
+        adapter.attention_function("eager", torch.nn.Linear(1, 1))
