@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +81,15 @@ class DecodingStrategy(abc.ABC):
     def check_options(self) -> None:  # noqa: B027  (options that cannot be wrong need no check)
         """Raise ValueError for options that make no sense; called at construction."""
 
+    def check_length(self, model: PreTrainedModel, longest: int) -> None:
+        """Raise ValueError for a prompt beyond the model's context; a strategy with positions of its own counts those.
+
+        Args:
+            model: the model whose `generate` was called.
+            longest: tokens of the longest prompt.
+        """
+        check_context(model, longest)
+
     def options(self) -> dict[str, Any]:
         """Return the strategy's options by name."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
@@ -136,8 +146,7 @@ class DecodingStrategy(abc.ABC):
                     f"attention_mask has {dropped} columns, but input_ids have {length}; pass the mask that the "
                     "tokenizer returned with these ids"
                 )
-            longest = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
-            check_context(model, longest)
+            self.check_length(model, input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max()))
         self.report = DecodeReport(name)
         run = DecodingRun(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, synced_gpus,
@@ -232,6 +241,11 @@ class _Call:
     streamer: BaseStreamer | None
     synced_gpus: bool | None
     tokenizer: Any
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the strategy: generate reads from it which further inputs there are."""
+        return inspect.signature(self.strategy)
 
     def __call__(self, model: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
         kept = {"streamer": self.streamer, "synced_gpus": self.synced_gpus, "tokenizer": self.tokenizer}
