@@ -14,13 +14,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from hf_ext import adapter
-from hf_ext.attention import AttentionStructure, masks_for
+from hf_ext.attention import NEVER, AttentionStructure, masks_for
 from hf_ext.generation.plain import PlainDecoding
 from hf_ext.generation.run import DecodingRun
+from hf_ext.generation.speculative.probe import tree_problem
 from hf_ext.generation.strategy import DecodingStrategy
 
 
@@ -58,8 +58,12 @@ class StructuredPrompting(DecodingStrategy):
 
     decode_with: DecodingStrategy | None = dataclasses.field(default=None, kw_only=True)
 
+    def reads(self, prompt: Prompt) -> Prompt:
+        """Return what the model reads in place of the prompt: its tokens in another order, or more before them."""
+        return prompt
+
     def structure(self, prompt: Prompt) -> AttentionStructure:
-        """Return who sees whom in the prompt; plain causal attention by default."""
+        """Return who sees whom in what is read; plain causal attention by default."""
         return AttentionStructure.causal(prompt.mask)
 
     def read(
@@ -102,54 +106,133 @@ class StructuredPrompting(DecodingStrategy):
             model, input_ids, *args, **prepared, **{n: v for n, v in given.items() if v is not None}
         )
 
+    def check_length(self, model: Any, longest: int) -> None:
+        """Leave it to `decode`, which knows the positions: siblings share them."""
+
     def decode(self, run: DecodingRun) -> None:
         """Read the prompt by its structure and go on with `decode_with`."""
         name, inner = type(self).__name__, self.decode_with or PlainDecoding()
-        if run.cache is None or int(run.cache.get_seq_length()) or run.model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                f"{name} reads whole prompts given as input_ids into an empty cache; leave past_key_values and "
-                "inputs_embeds out"
-            )
-        if run.config.prefill_chunk_size is not None:
-            raise ValueError(f"{name} reads the prompt in one piece; leave prefill_chunk_size out")
-        if run.config.output_attentions or run.config.output_hidden_states:
-            raise ValueError(f"{name} returns no output_attentions and output_hidden_states; call the model for them")
+        _check_call(run, name)
         if run.config.do_sample and not inner.samples:
             raise ValueError(f"{type(inner).__name__} is deterministic; call generate with do_sample=False")
-        prompt = _prompt(run, name)
-        structure = self.structure(prompt)
-        columns = run.input_ids.shape[1] + _new_tokens(run)
-        windows = [window for window in map(adapter.layer_window, run.cache.layers) if window is not None]
-        if any(window < columns for window in windows):
-            # A sliding layer drops columns by their number, where a structure counts positions.
-            if not isinstance(inner, PlainDecoding):
+        given = _prompt(run, name)
+        prompt = self.reads(given)
+        if prompt is not given:
+            if run.config.output_attentions or run.config.output_hidden_states:
                 raise ValueError(
-                    f"{type(run.model).__name__} has sliding windows of {min(windows)} tokens, less than prompt and "
-                    f"text take; with decode_with={type(inner).__name__} {name} needs a text that stays within the window"
+                    f"{name} reads other columns than the prompt's; leave output_hidden_states and "
+                    "output_attentions out"
                 )
-            run.model_kwargs["past_key_values"] = DynamicCache()
-            run.step_masks = lambda length: masks_for(
-                run.model, structure.extended(length - len(structure.keys)).part(length - 1, length)
-            )
-        run.reader = lambda ids, kwargs: self._read(run, structure, ids, kwargs)
+            run.model_kwargs["attention_mask"] = prompt.mask.long()
+        structure = self.structure(prompt)
+        before, new = prompt.ids.shape[1] - given.ids.shape[1], _new_tokens(run)
+        _check_positions(run, structure, new)
+        plain = AttentionStructure.causal(prompt.mask).keys.position
+        if bool(((structure.keys.position != plain) & prompt.mask).any()):
+            self._count_positions_in_windows(run, structure, before, prompt.ids.shape[1] + new, inner)
+        run.reader = lambda ids, kwargs: self._read(
+            run, structure, torch.cat([prompt.ids, ids[:, given.ids.shape[1] :]], dim=1), kwargs
+        )
         inner.decode(run)
         self._learn(inner)
+
+    def _count_positions_in_windows(
+        self, run: DecodingRun, structure: AttentionStructure, before: int, columns: int, inner: DecodingStrategy
+    ) -> None:
+        """Let sliding windows go by position: a layer of a cache would drop columns by their number."""
+        windows = [adapter.layer_window(layer) for layer in adapter.empty_cache(run.model).layers]
+        shortest = min((window for window in windows if window is not None), default=columns)
+        if shortest >= columns:
+            return
+        if not isinstance(inner, PlainDecoding):
+            raise ValueError(
+                f"{type(run.model).__name__} has sliding windows of {shortest} tokens, less than prompt and text take; "
+                f"with decode_with={type(inner).__name__} {type(self).__name__} needs a text that stays within them"
+            )
+        adapter.use_full_layers(run.cache)
+        run.step_masks = lambda length: masks_for(
+            run.model,
+            structure.extended(length + before - len(structure.keys)).part(length + before - 1, length + before),
+        )
 
     def _read(
         self, run: DecodingRun, structure: AttentionStructure, ids: torch.Tensor, kwargs: dict[str, Any]
     ) -> ModelOutput:
+        # Guesses of the next tokens may be read with the prompt.
         structure = structure.extended(ids.shape[1] - len(structure.keys))
         positions = structure.queries.position.long().expand(len(ids), -1)
         given = {**kwargs, "attention_mask": masks_for(run.model, structure), "position_ids": positions}
         outputs = self.read(run, structure, ids, given)
         # Decoding goes on after the last column; the position there is the one that the next is counted from.
         following = positions.clone()
-        following[:, -1] = torch.where(structure.keys.order < 2**31 - 1, positions, 0).amax(-1)
+        following[:, -1] = torch.where(structure.keys.order != NEVER, positions, 0).amax(-1)
         kwargs["position_ids"] = following
         return outputs
 
     def _learn(self, inner: DecodingStrategy) -> None:
         """Hook for methods that report more after the call."""
+
+
+def require_suffix(structure: AttentionStructure, name: str) -> None:
+    """Refuse prompts that end in a set of several segments: what is generated would follow the last one only.
+
+    Args:
+        structure: of the prompts.
+        name: of the method, for the message.
+
+    Raises:
+        ValueError: a prompt ends in such a set.
+    """
+    group, segment = structure.keys.group, structure.keys.segment
+    if group is None or segment is None:
+        return
+    siblings = (group == group[:, -1:]) & (group > 0) & (segment != segment[:, -1:])
+    if bool(siblings.any()):
+        row = int(siblings.any(-1).nonzero()[0])
+        raise ValueError(
+            f"{name}: prompt {row} ends in a set, and what is generated would follow its last member only; put at "
+            "least one token behind the set"
+        )
+
+
+def _check_call(run: DecodingRun, name: str) -> None:
+    problem = tree_problem(run.model)
+    if problem is not None:
+        raise ValueError(f"{name} gives tokens positions and masks of their own: {problem}")
+    if run.cache is None or int(run.cache.get_seq_length()) or run.model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError(
+            f"{name} reads whole prompts given as input_ids into an empty cache; leave past_key_values and "
+            "inputs_embeds out"
+        )
+    if not all(map(adapter.layer_grows, run.cache.layers)):
+        raise ValueError(f"{name} needs a cache that grows; leave cache_implementation out or pass a DynamicCache")
+    if run.config.prefill_chunk_size is not None:
+        raise ValueError(f"{name} reads the prompt in one piece; leave prefill_chunk_size out")
+
+
+def _check_positions(run: DecodingRun, structure: AttentionStructure, new: int) -> None:
+    """Refuse what runs out of the model's positions; tokens side by side share theirs."""
+    if getattr(run.model, "_extrapolates_length", False):
+        return
+    context = getattr(run.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is None:
+        return
+    real = structure.keys.order != NEVER
+    needed = int(torch.where(real, structure.keys.position, -1).max()) + 1
+    columns, model = int(real.sum(-1).max()), type(run.model).__name__
+    if needed > context:
+        raise ValueError(
+            f"the prompt takes {needed} positions for its {columns} tokens, but the context of {model} is {context}; "
+            "shorten the prompt or use a model with a longer context"
+        )
+    tokens = run.model.get_input_embeddings()
+    tables = (m for m in run.model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens)
+    learned = any(context <= table.num_embeddings <= context + 8 for table in tables)  # some keep a few rows spare
+    if learned and needed + new - 1 > context:
+        raise ValueError(
+            f"{model} has a table of {context} positions; the prompt takes {needed}, so at most {context - needed + 1} "
+            f"new tokens fit, and {new} were asked for; set max_new_tokens"
+        )
 
 
 def _prompt(run: DecodingRun, name: str) -> Prompt:
