@@ -1,7 +1,8 @@
-"""Register installed architectures with transformers' Auto classes, no sooner than needed.
+"""Register installed architectures with transformers' Auto classes, and `"hf_ext"` attention, no sooner than needed.
 
-The registries live in `transformers.models.auto`. Registering needs the classes, hence torch,
-and `hf-ext list` must import neither; so registration waits for the registries themselves.
+The registries live in `transformers.models.auto` and, for attention, in `transformers.modeling_utils`.
+Registering needs the classes, hence torch, and `hf-ext list` must import neither; so registration
+waits for the registries themselves.
 A finder on `sys.meta_path` notices their import, lets the normal machinery load them, and
 registers right after. Nothing of transformers is replaced.
 """
@@ -20,6 +21,8 @@ from hf_ext import plugins
 
 CONFIG_REGISTRY = "transformers.models.auto.configuration_auto"
 MODEL_REGISTRY = "transformers.models.auto.modeling_auto"
+ATTENTION_REGISTRY = "transformers.modeling_utils"
+REGISTRIES = (CONFIG_REGISTRY, MODEL_REGISTRY, ATTENTION_REGISTRY)
 
 
 def register_when_ready() -> None:
@@ -27,19 +30,25 @@ def register_when_ready() -> None:
 
     Calling it again does nothing new.
     """
-    waiting = [name for name in (CONFIG_REGISTRY, MODEL_REGISTRY) if name not in sys.modules]
+    waiting = [name for name in REGISTRIES if name not in sys.modules]
     if waiting and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(waiting))
-    for name in (CONFIG_REGISTRY, MODEL_REGISTRY):
+    for name in REGISTRIES:
         if name not in waiting:
             _register(name)
 
 
 def _register(registry: str) -> None:
-    """Register every plugin's classes with the Auto classes that live in the module `registry`.
+    """Register what belongs into the module `registry`: the attention, or every plugin's classes.
 
     Configurations are imported, modeling code is not: transformers may be half imported here.
     """
+    if registry == ATTENTION_REGISTRY:
+        from hf_ext.attention import backend
+        from hf_ext.attention.registry import register
+
+        register("hf_ext", backend.attention, backend.mask)
+        return
     from hf_ext.adapter import register_model_lazily
 
     module = sys.modules[registry]

@@ -2,7 +2,8 @@
 
 Every lane attends to its own context and, inside its tree, to the nodes above. The structure is a
 handful of integers; `mask_for` turns it into the form that the model's attention implementation
-takes. A backend that understands trees registers itself with `register` and gets the structure.
+takes. Steps are short, so the dense forms are made from these integers directly; all others go
+through `AttentionStructure`. A backend that understands trees registers itself with `register`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from hf_ext import adapter
+from hf_ext.attention.masks import block_mask
+from hf_ext.attention.structure import NEVER, AttentionStructure, Tokens
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,36 @@ class TreeStructure:
         padded = np.pad(self.ancestors, ((0, 0), (0, 0), (0, -nodes % 64)))
         words = padded.reshape(*padded.shape[:2], -1, 64).astype(np.uint64)
         return (words << np.arange(64, dtype=np.uint64)).sum(-1, dtype=np.uint64)
+
+    def structure(self) -> AttentionStructure:
+        """Return the same for every backend, on the CPU.
+
+        Example:
+            >>> structure_of((2,), (2,), [(-1, 0, 0)], queries=2, keys=5).structure().dense().int()[0, 0]
+            tensor([[1, 1, 1, 1, 0],
+                    [1, 1, 1, 0, 1]], dtype=torch.int32)
+        """
+        lengths, columns = np.array(self.lengths)[:, None], np.array(self.columns)[:, None]
+        depths = np.array(self.depths)
+        nodes = depths.shape[1]
+        place = np.arange(self.keys)
+        number = place - columns  # of the node that a key is
+        inside = (number >= 0) & (number < nodes)
+        node = np.where(inside, number, -1)
+        below = np.take_along_axis(depths, np.where(inside, number, 0), axis=1)
+        position = np.where(inside, lengths + below, lengths + number)
+        order = columns + np.arange(nodes - self.queries, nodes)
+
+        def tensor(field: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(field, dtype=np.int32))
+
+        return AttentionStructure(
+            Tokens(tensor(order), tensor(lengths + depths[:, nodes - self.queries :])),
+            Tokens(tensor(np.where(number < nodes, place, NEVER)), tensor(position)),
+            window=self.window,
+            nodes=tensor(node),
+            ancestors=torch.from_numpy(self.ancestor_bits().view(np.int64)),
+        )
 
     def dense(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the mask as `(lanes, 1, queries, keys)` bool, True where a query sees a key."""
@@ -166,6 +201,8 @@ def mask_for(implementation: str, structure: TreeStructure, dtype: torch.dtype, 
         ValueError: the implementation cannot express trees.
     """
     build = _BUILDERS.get(implementation)
+    if build is None:  # another name for one of them: what takes the same masks takes the same trees
+        build = _BUILDERS.get(adapter.masks_like(implementation, _BUILDERS) or "")
     if build is not None:
         return build(structure, dtype, device)
     if structure.is_causal:
@@ -188,18 +225,20 @@ def _additive(structure: TreeStructure, dtype: torch.dtype, device: torch.device
 
 
 def _block_mask(structure: TreeStructure, dtype: torch.dtype, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    return block_mask(structure.structure(), dtype, device)
 
-    dense = structure.dense(device)[:, 0]
 
-    def visible(lane: Any, head: Any, query: Any, key: Any) -> Any:
-        return dense[lane, query, key]
+def _compact(structure: TreeStructure, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    from hf_ext.attention.backend import runs_kernels
+    from hf_ext.attention.packed import pack
 
-    return create_block_mask(
-        visible, B=len(structure.lengths), H=None, Q_LEN=structure.queries, KV_LEN=structure.keys, device=str(device)
-    )
+    if not runs_kernels(device) or (structure.queries == 1 and structure.is_causal):
+        return _boolean(structure, dtype, device)
+    # Packed before it is moved: one copy to the device, not one for every field.
+    return pack(structure.structure()).to(device, non_blocking=True)
 
 
 register("sdpa", _boolean)
 register("eager", _additive)
 register("flex_attention", _block_mask)
+register("hf_ext", _compact)

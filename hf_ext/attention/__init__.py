@@ -1,6 +1,23 @@
 """Structured attention: who may see whom, said once, for every backend."""
 
-from hf_ext.attention.masks import masks_for
-from hf_ext.attention.structure import NEVER, AttentionStructure, Tokens
+from hf_ext.lazy import lazy_attributes
 
-__all__ = ["NEVER", "AttentionStructure", "Tokens", "masks_for"]
+# Registration imports this package while transformers is being imported: nothing may come along.
+__getattr__, __all__ = lazy_attributes(
+    __name__,
+    {
+        "NEVER": "structure",
+        "AttentionStructure": "structure",
+        "Tokens": "structure",
+        "CallStatistics": "statistics",
+        "Statistics": "statistics",
+        "collect": "statistics",
+        "kernels": "backend",
+        "mask_for": "masks",
+        "masks_for": "masks",
+        "pack": "packed",
+        "register": "registry",
+        "register_conversion": "masks",
+        "unpack": "packed",
+    },
+)

@@ -67,6 +67,7 @@ def test_masks_are_what_the_definition_says(even, window):
         expected = torch.from_numpy(by_definition(lengths, columns, parents, queries, keys, window))
         found = structure.dense()
         assert found.shape == expected.shape
+        assert torch.equal(structure.structure().dense(), expected), f"as an attention structure: {parents}"
         wrong = (found != expected).sum().item()
         assert wrong == 0, f"{wrong} entries wrong for lengths {lengths}, held {columns}, {parents}, window {window}"
         additive = mask_for("eager", structure, torch.float32, torch.device("cpu"))
@@ -96,7 +97,7 @@ def test_bits_are_the_ancestors():
 def test_a_backend_that_registers_gets_the_structure_itself(monkeypatch):
     monkeypatch.setattr(tree_attention, "_BUILDERS", dict(tree_attention._BUILDERS))
     structure = structure_of((3,), (3,), [(-1, 0, 0)], queries=3, keys=6)
-    with pytest.raises(ValueError, match=r"trees_of_mine.*eager, flex_attention, sdpa"):
+    with pytest.raises(ValueError, match=r"trees_of_mine.*eager, flex_attention, hf_ext, sdpa"):
         mask_for("trees_of_mine", structure, torch.float32, torch.device("cpu"))
     tree_attention.register("trees_of_mine", lambda structure, dtype, device: structure)
     assert mask_for("trees_of_mine", structure, torch.float32, torch.device("cpu")) is structure
