@@ -232,9 +232,7 @@ def encode(tokenizer: Any, prompts: SetPrompt | str | Sequence[SetPrompt | str])
 
     mask = torch.tensor([[0] * (length - len(row[0])) + [1] * len(row[0]) for row in rows])
     ids, segments, groups = padded(0, pad or 0), padded(1, 0), padded(2, 0)
-    return BatchEncoding(
-        {"input_ids": ids, "attention_mask": mask, "segment_ids": segments, "group_ids": groups}
-    )
+    return BatchEncoding({"input_ids": ids, "attention_mask": mask, "segment_ids": segments, "group_ids": groups})
 
 
 class _Pieces:

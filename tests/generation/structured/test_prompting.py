@@ -51,9 +51,7 @@ def test_a_batch_equals_its_rows(kind):
         alone = structured.row_of(inputs, row)
         single = greedy(model, alone, return_dict_in_generate=True, output_logits=True)
         same_tokens(new_of(batch.sequences, inputs)[row : row + 1], new_of(single.sequences, alone), f"{kind}, {row}")
-        close(
-            torch.stack(batch.logits, 1)[row], torch.stack(single.logits, 1)[0], f"{kind}, row {row}", tolerance=1e-4
-        )
+        close(torch.stack(batch.logits, 1)[row], torch.stack(single.logits, 1)[0], f"{kind}, row {row}", tolerance=1e-4)
 
 
 @pytest.mark.parametrize("kind", tiny_models.DECODERS)
@@ -153,8 +151,10 @@ def test_a_prompt_longer_than_the_context_fits_if_its_segments_share_positions()
 def test_new_tokens_beyond_a_table_of_positions_are_refused():
     inputs = structured.prompts(([120],))
     for kind in ("gpt2", "opt"):
-        refusal(lambda kind=kind: greedy(tiny_models.shared(kind), inputs, max_new_tokens=10), "table of 128", what=kind)
-        assert greedy(tiny_models.shared(kind), inputs, max_new_tokens=9).shape[1] == 129
+        refusal(
+            lambda kind=kind: greedy(tiny_models.shared(kind), inputs, max_new_tokens=10), "table of 128", what=kind
+        )
+        assert greedy(model, inputs, max_new_tokens=9).shape[1] == 129
     assert greedy(tiny_models.shared("llama"), inputs, max_new_tokens=10).shape[1] == 130
 
 
