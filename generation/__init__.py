@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RecursiveSpeculativeDecoding as RecursiveSpeculativeDecoding,
     )
     from hf_ext.generation.report import DecodeReport as DecodeReport
+    from hf_ext.generation.set_based_prompting import SetBasedPrompting as SetBasedPrompting
     from hf_ext.generation.spectr import SpecTr as SpecTr
     from hf_ext.generation.speculative.drafter import Drafter as Drafter
     from hf_ext.generation.speculative.engine import Speculative as Speculative
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from hf_ext.generation.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
     from hf_ext.generation.staged_speculative_decoding import StagedSpeculativeDecoding as StagedSpeculativeDecoding
     from hf_ext.generation.strategy import DecodingStrategy as DecodingStrategy
+    from hf_ext.generation.structured.prompting import StructuredPrompting as StructuredPrompting
+    from hf_ext.generation.structured.set_prompt import SetPrompt as SetPrompt
     from hf_ext.generation.token_recycling import TokenRecycling as TokenRecycling
 
 __getattr__, __all__ = lazy_attributes(
@@ -56,12 +59,15 @@ __getattr__, __all__ = lazy_attributes(
         "PromptLookup": "prompt_lookup",
         "RecurrentDrafter": "recurrent_drafter",
         "RecursiveSpeculativeDecoding": "recursive_speculative_decoding",
+        "SetBasedPrompting": "set_based_prompting",
+        "SetPrompt": "structured.set_prompt",
         "SpecTr": "spectr",
         "LayerSkip": "layerskip",
         "Speculative": "speculative.engine",
         "SpeculativeContrastiveDecoding": "speculative_contrastive_decoding",
         "SpeculativeDecoding": "speculative_decoding",
         "StagedSpeculativeDecoding": "staged_speculative_decoding",
+        "StructuredPrompting": "structured.prompting",
         "TokenRecycling": "token_recycling",
     },
 )

@@ -210,4 +210,15 @@ PLUGINS = (
         claims="hf_ext.claims.hidden_transfer:CLAIMS",
         example="model.generate(**inputs, custom_generate=HiddenTransfer(head='path/of/the/head'))",
     ),
+    Plugin(
+        name="set-based-prompting",
+        kind="strategy",
+        summary="Options of a set are read side by side, at the same positions and without sight of each other: the "
+        "text is the same for every order of them.",
+        target="hf_ext.generation.set_based_prompting:SetBasedPrompting",
+        paper="Set-Based Prompting: Provably Solving the Language Model Order Dependency Problem (arXiv:2406.06581)",
+        covers=("set-based-prompting",),
+        claims="hf_ext.claims.set_based_prompting:CLAIMS",
+        example="model.generate(**SetPrompt(prefix, options, suffix).encode(tokenizer), custom_generate=SetBasedPrompting())",
+    ),
 )

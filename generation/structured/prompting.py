@@ -112,10 +112,10 @@ class StructuredPrompting(DecodingStrategy):
     def decode(self, run: DecodingRun) -> None:
         """Read the prompt by its structure and go on with `decode_with`."""
         name, inner = type(self).__name__, self.decode_with or PlainDecoding()
-        _check_call(run, name)
+        check_call(run, name)
         if run.config.do_sample and not inner.samples:
             raise ValueError(f"{type(inner).__name__} is deterministic; call generate with do_sample=False")
-        given = _prompt(run, name)
+        given = prompt_of(run, name)
         prompt = self.reads(given)
         if prompt is not given:
             if run.config.output_attentions or run.config.output_hidden_states:
@@ -195,7 +195,16 @@ def require_suffix(structure: AttentionStructure, name: str) -> None:
         )
 
 
-def _check_call(run: DecodingRun, name: str) -> None:
+def check_call(run: DecodingRun, name: str) -> None:
+    """Refuse models and settings that leave no say in how a prompt is read.
+
+    Args:
+        run: the call.
+        name: of the method, for messages.
+
+    Raises:
+        ValueError: a model without positions or masks of its own, a filled or fixed cache, embeddings, chunks.
+    """
     problem = tree_problem(run.model)
     if problem is not None:
         raise ValueError(f"{name} gives tokens positions and masks of their own: {problem}")
@@ -235,7 +244,16 @@ def _check_positions(run: DecodingRun, structure: AttentionStructure, new: int) 
         )
 
 
-def _prompt(run: DecodingRun, name: str) -> Prompt:
+def prompt_of(run: DecodingRun, name: str) -> Prompt:
+    """Take the prompts of a call, with their segments, out of its forward arguments.
+
+    Args:
+        run: the call, whose arguments lose `segment_ids` and `group_ids`.
+        name: of the method, for messages.
+
+    Raises:
+        ValueError: segments or groups of another shape than the ids.
+    """
     ids, mask = run.input_ids, run.attention_mask.bool()
     found: list[torch.Tensor | None] = []
     for field in ("segment_ids", "group_ids"):

@@ -151,9 +151,8 @@ def test_a_prompt_longer_than_the_context_fits_if_its_segments_share_positions()
 def test_new_tokens_beyond_a_table_of_positions_are_refused():
     inputs = structured.prompts(([120],))
     for kind in ("gpt2", "opt"):
-        refusal(
-            lambda kind=kind: greedy(tiny_models.shared(kind), inputs, max_new_tokens=10), "table of 128", what=kind
-        )
+        model = tiny_models.shared(kind)
+        refusal(lambda model=model: greedy(model, inputs, max_new_tokens=10), "table of 128", what=kind)
         assert greedy(model, inputs, max_new_tokens=9).shape[1] == 129
     assert greedy(tiny_models.shared("llama"), inputs, max_new_tokens=10).shape[1] == 130
 

@@ -64,7 +64,9 @@ def parts_of(inputs, row=0):
     """Return the tokens of every piece of a row, padding and front aside."""
     real = inputs["attention_mask"][row].bool()
     pieces = []
-    for token, segment in zip(*(inputs[name][row][real].tolist() for name in ("input_ids", "segment_ids")), strict=True):
+    for token, segment in zip(
+        *(inputs[name][row][real].tolist() for name in ("input_ids", "segment_ids")), strict=True
+    ):
         if not pieces or pieces[-1][0] != segment:
             pieces.append((segment, []))
         pieces[-1][1].append(token)
