@@ -219,6 +219,6 @@ PLUGINS = (
         paper="Set-Based Prompting: Provably Solving the Language Model Order Dependency Problem (arXiv:2406.06581)",
         covers=("set-based-prompting",),
         claims="hf_ext.claims.set_based_prompting:CLAIMS",
-        example="model.generate(**SetPrompt(prefix, options, suffix).encode(tokenizer), custom_generate=SetBasedPrompting())",
+        example="model.generate(**prompt.encode(tokenizer), custom_generate=SetBasedPrompting())",
     ),
 )
