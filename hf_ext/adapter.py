@@ -570,10 +570,12 @@ def describe_mask_function(function: Callable[..., Any]) -> list[tuple[Any, ...]
         return [("causal",)]
     if function is masking_utils.bidirectional_mask_function:
         return [("everything",)]
-    code = getattr(function, "__code__", None)
-    if code is None or not function.__closure__:
+    if torch.compiler.is_compiling():  # where a closure cannot be looked into
         return None
-    values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__, strict=True)}
+    code, closure = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or not closure:
+        return None
+    values = {name: cell.cell_contents for name, cell in zip(code.co_freevars, closure, strict=True)}
 
     def made_by(name: str) -> bool:
         factory = getattr(masking_utils, name, None)  # some came after transformers 5.17

@@ -584,3 +584,91 @@ def test_attention_configs_and_switch_attention(kind: str) -> None:
         adapter.attention_configs(tiny_models.shared("openai-gpt"))
     with pytest.raises(ValueError, match="found no eager"):
         adapter.attention_function("eager", torch.nn.Linear(1, 1))
+
+
+def test_attention_mappings() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    with stands_on("_global_mapping of both interfaces"):
+        attentions, masks = adapter.attention_mappings()
+        assert AttentionInterface()["sdpa"] is attentions["sdpa"]
+        assert AttentionMaskInterface()["sdpa"] is masks["sdpa"]
+        AttentionInterface.register("canary_mapping", attentions["sdpa"])
+        assert attentions.pop("canary_mapping") is attentions["sdpa"]
+        assert "canary_mapping" not in AttentionInterface()
+
+
+def test_sdpa_attention() -> None:
+    with stands_on("sdpa_attention_forward"):
+        from transformers import AttentionInterface
+
+        module = torch.nn.Linear(1, 1)
+        parts = [torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        found, weights = adapter.sdpa_attention(module, *parts, None, dropout=0.0, scaling=0.5, is_causal=True)
+        assert torch.equal(found, AttentionInterface()["sdpa"](module, *parts, None, scaling=0.5, is_causal=True)[0])
+        assert weights is None
+        expected = torch.nn.functional.scaled_dot_product_attention(*parts, scale=0.5, is_causal=True).transpose(1, 2)
+        assert torch.equal(found, expected)
+
+
+def test_sdpa_mask_and_mask_is_needless() -> None:
+    with stands_on("sdpa_mask and the conditions under which it returns None"):
+        some = torch.tensor([[False, True, True, True]])
+        skips = {"allow_is_causal_skip": True, "allow_is_bidirectional_skip": False}
+        both = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
+        outcomes = set()
+        for allowed in (skips, both):
+            for queries, keys, offset in ((4, 4, 0), (1, 4, 3), (2, 4, 2), (2, 4, 0)):
+                for padding in (None, some, torch.ones_like(some), torch.tensor([[True, True, False, False]])):
+                    for local in (None, 3, 9):
+                        given = {"q_length": queries, "kv_length": keys, "q_offset": offset, "kv_offset": 0}
+                        needless = adapter.mask_is_needless(
+                            **given, attention_mask=padding, local_size=local, **allowed
+                        )  # fmt: skip
+                        built = adapter.sdpa_mask(
+                            batch_size=1, **given, attention_mask=padding, local_size=local, **allowed
+                        )  # fmt: skip
+                        assert bool(needless) == (built is None), (given, padding, local, allowed)
+                        outcomes.add(bool(needless))
+        assert outcomes == {False, True}
+
+
+def test_describe_mask_function() -> None:
+    from transformers import masking_utils as made
+
+    left, ids = torch.tensor([1]), torch.tensor([[0, 0, 1, 1]])
+    with stands_on("the closures of masking_utils"):
+        causal = made.causal_mask_function
+        described = {
+            "causal": (causal, [("causal",)]),
+            "everything": (made.bidirectional_mask_function, [("everything",)]),
+            "window": (made.sliding_window_causal_mask_function(3), [("window", 3), ("causal",)]),
+            "near": (made.sliding_window_bidirectional_mask_function(3), [("near", 3), ("everything",)]),
+            "chunks": (made.chunked_causal_mask_function(2, left), [("chunks", 2, left), ("causal",)]),
+            "padding": (made.and_masks(causal, made.padding_mask_function(ids)), [("causal",), ("padding", ids)]),
+            "sequences": (made.packed_sequence_mask_function(ids), [("sequences", ids)]),
+            "any": (made.or_masks(causal, made.packed_sequence_mask_function(ids)),
+                    [("any", [("causal",)], [("sequences", ids)])]),
+        }  # fmt: skip
+        if hasattr(made, "blockwise_overlay"):  # after transformers 5.17
+            blocks = made.or_masks(causal, made.blockwise_overlay(ids))
+            described["blocks"] = (blocks, [("any", [("causal",)], [("blocks", ids)])])
+        if hasattr(made, "packed_sequence_compatibility_function"):
+            packed = made.packed_sequence_compatibility_function(causal, left, ids)
+            described["renumbered"] = (packed, [("sequences", ids), ("renumbered", left, [("causal",)])])
+        for name, (function, expected) in described.items():
+            assert adapter.describe_mask_function(function) == expected, name
+
+        def mine(row: int, head: int, query: int, key: int) -> bool:
+            return key <= query
+
+        for unknown in (mine, lambda *_: True, made.and_masks(causal, mine), made.or_masks(mine, causal)):
+            assert adapter.describe_mask_function(unknown) is None
+        # What the parts mean is held against the masks themselves in tests/attention/test_described.py.
+
+
+def test_masks_like() -> None:
+    with stands_on("mask functions by name"):
+        adapter.register_attention_like("canary_of_masks", adapter.sdpa_attention, "sdpa")
+        assert adapter.masks_like("canary_of_masks", ["eager", "sdpa"]) == "sdpa"
+        assert adapter.masks_like("no_such_attention", ["eager", "sdpa"]) is None

@@ -17,6 +17,8 @@ import torch
 
 from hf_ext import adapter
 from hf_ext.attention.masks import block_mask
+from hf_ext.attention.mode import runs_kernels
+from hf_ext.attention.packed import pack
 from hf_ext.attention.structure import NEVER, AttentionStructure, Tokens
 
 
@@ -229,9 +231,6 @@ def _block_mask(structure: TreeStructure, dtype: torch.dtype, device: torch.devi
 
 
 def _compact(structure: TreeStructure, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    from hf_ext.attention.backend import runs_kernels
-    from hf_ext.attention.packed import pack
-
     if not runs_kernels(device) or (structure.queries == 1 and structure.is_causal):
         return _boolean(structure, dtype, device)
     # Packed before it is moved: one copy to the device, not one for every field.

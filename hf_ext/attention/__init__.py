@@ -12,7 +12,7 @@ __getattr__, __all__ = lazy_attributes(
         "CallStatistics": "statistics",
         "Statistics": "statistics",
         "collect": "statistics",
-        "kernels": "backend",
+        "kernels": "mode",
         "mask_for": "masks",
         "masks_for": "masks",
         "pack": "packed",

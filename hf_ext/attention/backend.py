@@ -12,58 +12,16 @@ says so once.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hf_ext import adapter
+from hf_ext.attention.exact import Attended
+from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.statistics import ATTRIBUTE, CallStatistics, Statistics
-
-#: Whether the Triton kernels are used: where they can, everywhere (under the interpreter), or nowhere.
-_mode: Literal["auto", "always", "never"] = "auto"
-
-
-@contextmanager
-def kernels(mode: Literal["auto", "always", "never"]) -> Iterator[None]:
-    """Say for a while where the Triton kernels run.
-
-    Args:
-        mode: `"auto"` on CUDA devices; `"always"` on the CPU, too, for which `TRITON_INTERPRET=1` must have
-            been set before Triton was imported; `"never"` to run what runs without a GPU.
-
-    Example:
-        >>> with kernels("never"):
-        ...     runs_kernels("cuda")
-        False
-    """
-    global _mode
-    if mode not in ("auto", "always", "never"):
-        raise ValueError(f"mode must be 'auto', 'always' or 'never', got {mode!r}")
-    before, _mode = _mode, mode
-    try:
-        yield
-    finally:
-        _mode = before
-
-
-def runs_kernels(device: torch.device | str) -> bool:
-    """Tell whether attention on a device runs the Triton kernels."""
-    if _mode == "auto":
-        return torch.device(device).type == "cuda" and _triton()
-    return _mode == "always"
-
-
-@functools.cache
-def _triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn("triton is not installed: attn_implementation='hf_ext' runs SDPA instead", stacklevel=3)
-    return found
+from hf_ext.attention.structure import AttentionStructure
 
 
 def mask(
@@ -119,8 +77,9 @@ def attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    output_attentions: bool = False,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend; the attention function of `"hf_ext"`, with transformers' arguments.
 
     Args:
@@ -134,79 +93,129 @@ def attention(
         is_causal: whether queries without a mask see only what is before them; as the layer says by default.
         softcap: scores are capped softly there.
         s_aux: `(heads,)` scores of the attention sinks.
+        output_attentions: whether to return the weights, which takes the whole matrix.
         **kwargs: what else the model passes, such as `position_bias`.
 
     Returns:
-        `(batch, queries, heads, width)`, and None for the weights.
+        `(batch, queries, heads, width)`, and the weights `(batch, heads, queries, keys)` if asked for.
 
     Raises:
-        ValueError: a mask that no attention takes, or statistics that cannot be had.
+        ValueError: a structure of another size, or a combination that cannot be honoured.
     """
-    statistics = module.__dict__.get(ATTRIBUTE)
-    if runs_kernels(query.device):
-        reason = _beyond_kernels(query, value, attention_mask, dropout, kwargs)
-        if reason is None:
-            from hf_ext.attention.gpu import attend_with_kernels
-
-            causal = _causal(module, query, attention_mask, is_causal)
-            return attend_with_kernels(
-                module, query, key, value, attention_mask, causal, scaling, softcap, s_aux, statistics
-            ), None
-        _say_once(reason)
-    if softcap is None and s_aux is None:
-        if statistics is not None:
-            causal = _causal(module, query, attention_mask, is_causal)
-            _by_definition(module, query, key, value, attention_mask, causal, 0.0, scaling, None, None, statistics,
-                           output=False, extra=kwargs)  # fmt: skip
-        if attention_mask is not None and attention_mask.dtype == torch.int32:
-            attention_mask = _dense(attention_mask, query, key)
-        return adapter.sdpa_attention(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    if kwargs.get("sinks") is not None:
+        raise ValueError(
+            f"{type(module).__name__} has sinks of every query; attn_implementation='hf_ext' has them of every head "
+            "(s_aux). Use 'eager'"
         )
+    statistics = module.__dict__.get(ATTRIBUTE)
+    on_gpu = runs_kernels(query.device)
+    by_sdpa = softcap is None and s_aux is None
+    if by_sdpa and not on_gpu and statistics is None and not output_attentions:  # nothing to do for us
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None
     causal = _causal(module, query, attention_mask, is_causal)
-    output = _by_definition(
-        module, query, key, value, attention_mask, causal, dropout, scaling, softcap, s_aux, statistics, extra=kwargs
-    )
+    reason = _beyond_kernels(query, value, attention_mask, dropout, kwargs) if on_gpu else None
+    if reason is not None:
+        _say_once(reason)
+    output = lse = sums = None
+    if on_gpu and reason is None:
+        from hf_ext.attention.gpu import attend_with_kernels
+
+        output, lse, sums = attend_with_kernels(
+            query, key, value, attention_mask, causal, scaling, softcap, s_aux, statistics
+        )
+        by_definition, wanted = output_attentions, {"output": False, "weights": True}
+    else:
+        if by_sdpa:
+            output = _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+        by_definition = True
+        wanted = {
+            "output": not by_sdpa,
+            "weights": output_attentions,
+            "lse": statistics is not None and statistics.lse,
+            "column_sums": statistics is not None and statistics.column_sums,
+        }
+    weights = None
+    if by_definition and any(wanted.values()):
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                "attn_implementation='hf_ext' has no soft-capping, sinks, statistics or output_attentions with a paged "
+                "cache; use another cache, or 'paged|eager'"
+            )
+        found = _by_definition(
+            query, key, value, attention_mask, causal, scaling, softcap, s_aux, dropout, kwargs.get("position_bias"),
+            **wanted,
+        )  # fmt: skip
+        weights = found.weights
+        if output is None:
+            assert found.output is not None
+            output = found.output.transpose(1, 2).contiguous()
+        if lse is None and sums is None:
+            lse, sums = found.lse, found.column_sums
+    if statistics is not None:
+        note(statistics, module, lse, sums)
     assert output is not None
-    return output.transpose(1, 2).contiguous(), None
+    return output, weights
 
 
-def _by_definition(
+def _sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    causal: bool,
     dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    others: dict[str, Any],
+) -> torch.Tensor:
+    """Attend as `"sdpa"` does."""
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        attention_mask = _dense(attention_mask, query, key)
+    return adapter.sdpa_attention(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
+    )[0]
+
+
+def _by_definition(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    causal: bool,
     scaling: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
-    statistics: Statistics | None,
-    output: bool = True,
-    extra: dict[str, Any] | None = None,
-) -> torch.Tensor | None:
-    """Attend by the definition, for the output or only to note statistics."""
+    dropout: float,
+    bias: torch.Tensor | None,
+    **wanted: bool,
+) -> Attended:
+    """Attend by the definition, for the output or only for what is wanted besides."""
     from hf_ext.attention import exact, packed
 
-    for name in ("position_bias", "cache"):
-        if (extra or {}).get(name) is not None:
-            what = "soft-capping and sinks" if output else "statistics"
-            raise ValueError(f"attn_implementation='hf_ext' has no {what} together with {name}; use 'eager'")
-    if causal and key.shape[2] > query.shape[2]:  # the rest of a static cache, see `sdpa_attention`
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    found: Any = attention_mask
+    length = query.shape[2]
+    if causal and key.shape[2] > length:  # the rest of a static cache holds nothing yet
+        key, value = key[:, :, :length], value[:, :, :length]
+        bias = None if bias is None else bias[..., :length]
+    seen: Any = attention_mask
     if attention_mask is not None and packed.is_packed(attention_mask):
-        found = packed.unpack(attention_mask, query.shape[2], key.shape[2])
-    with torch.set_grad_enabled(output and torch.is_grad_enabled()):
-        attended = exact.attend(
-            query, key, value, mask=found, causal=causal, scale=scaling, softcap=softcap, sinks=sinks, dropout=dropout,
-            output=output, lse=statistics is not None and statistics.lse,
-            column_sums=statistics is not None and statistics.column_sums,
+        seen = packed.unpack(attention_mask, length, key.shape[2])
+    if bias is not None:
+        if isinstance(seen, AttentionStructure):
+            seen = seen.dense()
+        if seen is None and causal:
+            seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+        if seen is None:
+            seen = bias
+        elif seen.dtype == torch.bool:
+            seen = torch.where(seen, bias, torch.finfo(bias.dtype).min)
+        else:
+            seen = seen + bias
+        causal = False
+    with torch.set_grad_enabled((wanted["output"] or wanted["weights"]) and torch.is_grad_enabled()):
+        return exact.attend(
+            query, key, value, mask=seen, causal=causal, scale=scaling, softcap=softcap, sinks=sinks, dropout=dropout,
+            **wanted,
         )  # fmt: skip
-    if statistics is not None:
-        note(statistics, module, attended.lse, attended.column_sums)
-    return attended.output
 
 
 def note(
@@ -248,8 +257,9 @@ def _beyond_kernels(
         return "the kernels take no learned position bias"
     if extra.get("cache") is not None:
         return "the kernels read no paged cache"
-    if query.shape[-1] > 256 or value.shape[-1] != query.shape[-1]:
-        return f"the kernels take heads of up to 256, alike for keys and values, not {query.shape[-1]}"
+    width = max(query.shape[-1], value.shape[-1])
+    if width > 256:
+        return f"the kernels take heads of a width up to 256, not {width}"
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the kernels do not compute in {query.dtype}"
     if attention_mask is not None and attention_mask.requires_grad:

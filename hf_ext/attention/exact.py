@@ -27,11 +27,13 @@ class Attended:
             for a query that sees nothing.
         column_sums: `(rows, key heads, keys)` float32, the probability that each key got from all queries of its
             group of heads.
+        weights: `(rows, heads, queries, keys)`, the whole matrix.
     """
 
     output: torch.Tensor | None = None
     lse: torch.Tensor | None = None
     column_sums: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 def attend(
@@ -48,6 +50,7 @@ def attend(
     output: bool = True,
     lse: bool = False,
     column_sums: bool = False,
+    weights: bool = False,
     entries: int = ENTRIES,
 ) -> Attended:
     """Let queries attend to keys.
@@ -66,6 +69,7 @@ def attend(
         output: whether to compute the output.
         lse: whether to return the logarithms of the sums.
         column_sums: whether to return the sums of the columns; without dropout, and without gradients.
+        weights: whether to return the matrix.
         entries: how many entries of the matrix may exist at a time where no gradient is needed.
 
     Example:
@@ -78,11 +82,12 @@ def attend(
     key_heads, keys = key.shape[1:3]
     scale = width**-0.5 if scale is None else scale
     tracked = torch.is_grad_enabled() and any(
-        part is not None and part.requires_grad for part in (query, key, value, sinks)
+        isinstance(part, torch.Tensor) and part.requires_grad for part in (query, key, value, sinks, mask)
     )
     step = queries if tracked or torch.compiler.is_compiling() else max(entries // (rows * heads * keys), 1)
     outputs: list[torch.Tensor] = []
     logs: list[torch.Tensor] = []
+    matrices: list[torch.Tensor] = []
     sums = query.new_zeros(rows, key_heads, keys, dtype=torch.float32) if column_sums else None
     for start in range(0, queries, step):
         stop = min(start + step, queries)
@@ -95,21 +100,24 @@ def attend(
         if sinks is not None:
             sink = sinks.float().view(1, key_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat([scores, sink], dim=-1)
-        weights = torch.softmax(scores, dim=-1)[..., :keys]
+        share = torch.softmax(scores, dim=-1)[..., :keys]
         if sums is not None:
-            seen = weights.detach() if visible is None else weights.detach() * visible
+            seen = share.detach() if visible is None else share.detach() * visible
             sums += seen.sum(dim=(2, 3))
         if lse:
             logs.append(_log(scores.detach(), visible, sinks is not None).reshape(rows, heads, -1))
+        if output or weights:
+            share = torch.nn.functional.dropout(share.to(query.dtype), dropout, training=dropout > 0)
+        if weights:
+            matrices.append(share.reshape(rows, heads, stop - start, keys))
         if output:
-            weights = torch.nn.functional.dropout(weights.to(query.dtype), dropout, training=dropout > 0)
-            found = torch.matmul(weights.reshape(rows, key_heads, -1, keys), value)
+            found = torch.matmul(share.reshape(rows, key_heads, -1, keys), value)
             outputs.append(found.view(rows, heads, stop - start, value.shape[-1]))
 
     def joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
         return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    return Attended(joined(outputs), joined(logs), sums)
+    return Attended(joined(outputs), joined(logs), sums, joined(matrices))
 
 
 def _part(

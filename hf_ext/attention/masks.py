@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_ext import adapter
-from hf_ext.attention.backend import runs_kernels
+from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.structure import AttentionStructure
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def windows_of(model: PreTrainedModel) -> dict[str, int | None]:
     other = set(kinds) - {"full_attention", "sliding_attention"}
     if other:
         raise ValueError(
-            f"{type(model).__name__} has layers of the kind {', '.join(sorted(other))}, to which a structure says nothing"
+            f"{type(model).__name__} has layers of the kind {', '.join(sorted(other))}; a structure says what full and "
+            "sliding layers see"
         )
     return dict(zip(kinds, windows, strict=False))
 

@@ -43,7 +43,7 @@ def pack(structure: AttentionStructure) -> torch.Tensor:
                 [1, 1, 0],
                 [0, 1, 1]], dtype=torch.int32)
     """
-    rows, count, _ = structure.shape
+    rows = structure.shape[0]
     q, k = structure.queries, structure.keys
     tree = structure.nodes is not None
     fields = [_beside(q.order, k.order, rows)]
