@@ -35,10 +35,12 @@ def test_sampled_text_follows_the_law_of_generate():
 def test_one_sequence_is_speculative_decoding():
     """With one draft rho is 1: the same random numbers lead to the same text."""
     model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+    # A prompt that may be read in pieces is read before the first draft, by both.
+    settings = {"attention_mask": mask, "do_sample": True, "max_new_tokens": 18, "prefill_chunk_size": 64}
     texts = []
     for strategy in (SpecTr(draft(), 1, 4), SpeculativeDecoding(draft(), 4)):
         torch.manual_seed(5)
-        texts.append(strategy.generate(model, ids, attention_mask=mask, do_sample=True, max_new_tokens=18))
+        texts.append(strategy.generate(model, ids, **settings))
     same_tokens(texts[0], texts[1], "one sequence against speculative decoding")
 
 
