@@ -38,7 +38,7 @@ class BlockTable:
     @classmethod
     def of(cls, classes: torch.Tensor) -> BlockTable:
         """Return the table of `(rows, blocks, others)` classes."""
-        indices = classes.sort(dim=-1, descending=True, stable=True).indices.int()
+        indices = classes.contiguous().sort(dim=-1, descending=True, stable=True).indices.int()
         counts = torch.stack([(classes == FULL).sum(-1), (classes != EMPTY).sum(-1)], dim=-1).int()
         return cls(indices, counts)
 

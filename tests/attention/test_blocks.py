@@ -131,7 +131,7 @@ def test_arguments_name_what_is_looked_at() -> None:
     assert kernel_arguments(plain.segments(torch.tensor([[1, 1, 2, 0, 0]]))).groups
     assert kernel_arguments(AttentionStructure.tree(torch.ones(1, 2), [[-1] * 64])).tree == 1
     assert kernel_arguments(AttentionStructure.tree(torch.ones(1, 2), [[-1] * 65])).tree == 2
-    assert all(tensor.is_contiguous() for tensor in kernel_arguments(plain).tensors())
+    assert all(tensor.is_contiguous() for tensor in kernel_arguments(plain, 2).tensors())
 
 
 def test_plain_causal_structures_are_known_by_their_values() -> None:
