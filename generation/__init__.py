@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hf_ext.generation.kangaroo import Kangaroo as Kangaroo
     from hf_ext.generation.layerskip import LayerSkip as LayerSkip
     from hf_ext.generation.opt_tree import OptTree as OptTree
+    from hf_ext.generation.parallel_context_windows import ParallelContextWindows as ParallelContextWindows
+    from hf_ext.generation.parallel_ensemble import ParallelEnsemble as ParallelEnsemble
+    from hf_ext.generation.pine import PINE as PINE
+    from hf_ext.generation.prefix_lm import PrefixLM as PrefixLM
     from hf_ext.generation.prompt_lookup import PromptLookup as PromptLookup
     from hf_ext.generation.recurrent_drafter import RecurrentDrafter as RecurrentDrafter
     from hf_ext.generation.recursive_speculative_decoding import (
@@ -56,6 +60,10 @@ __getattr__, __all__ = lazy_attributes(
         "JacobiDecoding": "jacobi_decoding",
         "Kangaroo": "kangaroo",
         "OptTree": "opt_tree",
+        "ParallelContextWindows": "parallel_context_windows",
+        "ParallelEnsemble": "parallel_ensemble",
+        "PINE": "pine",
+        "PrefixLM": "prefix_lm",
         "PromptLookup": "prompt_lookup",
         "RecurrentDrafter": "recurrent_drafter",
         "RecursiveSpeculativeDecoding": "recursive_speculative_decoding",

@@ -221,4 +221,38 @@ PLUGINS = (
         claims="hf_ext.claims.set_based_prompting:CLAIMS",
         example="model.generate(**prompt.encode(tokenizer), custom_generate=SetBasedPrompting())",
     ),
+    Plugin(
+        name="pine",
+        kind="strategy",
+        summary="Segments of a set see each other both ways, and each query sorts them by how much they matter to it: "
+        "their order changes nothing.",
+        target="hf_ext.generation.pine:PINE",
+        paper="Eliminating Position Bias of Language Models: A Mechanistic Approach (arXiv:2407.01100)",
+        covers=("pine",),
+        claims="hf_ext.claims.pine:CLAIMS",
+        example="model.generate(**prompt.encode(tokenizer), custom_generate=PINE())",
+    ),
+    Plugin(
+        name="parallel-context-windows",
+        kind="strategy",
+        summary="Parts of a long context are read side by side at re-used positions, and what follows sees all of "
+        "them; with the parallel ensemble to compare.",
+        target="hf_ext.generation.parallel_context_windows:ParallelContextWindows",
+        paper="Revisiting Parallel Context Windows (arXiv:2305.15262)",
+        covers=("parallel-context-windows",),
+        claims="hf_ext.claims.parallel_context_windows:CLAIMS",
+        example="model.generate(**inputs, custom_generate=ParallelContextWindows(window=256, query=64))",
+    ),
+    Plugin(
+        name="prefix-lm",
+        kind="strategy",
+        summary="The prompt of a causal model is read in both directions, what is generated stays causal; with a "
+        "callback that converts a model.",
+        target="hf_ext.generation.prefix_lm:PrefixLM",
+        paper="What Language Model Architecture and Pretraining Objective Work Best for Zero-Shot Generalization? "
+        "(arXiv:2204.05832)",
+        covers=("prefix-lm",),
+        claims="hf_ext.claims.prefix_lm:CLAIMS",
+        example="model.generate(**inputs, custom_generate=PrefixLM())",
+    ),
 )

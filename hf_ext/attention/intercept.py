@@ -106,12 +106,12 @@ def visible(mask: Any, query: Tensor, key: Tensor, causal: bool = True) -> Tenso
     if mask is None:
         seen = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
         return (seen.tril(keys - queries) if causal and queries > 1 else seen)[None, None]
-    if isinstance(mask, Tensor) and mask.ndim == 4:
+    if isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or mask.dtype == torch.bool):
         mask = mask[..., :keys]
         return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     raise ValueError(
-        f"the model's attention takes a {type(mask).__name__} as mask, not a tensor of all queries and keys; load it "
-        "with attn_implementation='sdpa' or 'eager'"
+        f"the model's attention takes a {type(mask).__name__} as mask, not a tensor of queries and keys; load "
+        "it with attn_implementation='sdpa' or 'eager'"
     )
 
 
