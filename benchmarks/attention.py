@@ -208,7 +208,7 @@ def _decoder(model: Any, context: torch.Tensor, tokens: int) -> Way:
         for _ in range(tokens):
             logits.append(model(token, past_key_values=cache).logits[:, -1])
             token = logits[-1].argmax(-1, keepdim=True)
-        cache.crop(context.shape[1])
+        cache.crop(-tokens)
         return torch.stack(logits)
 
     return decode

@@ -611,8 +611,19 @@ def test_sdpa_attention() -> None:
         assert torch.equal(found, expected)
 
 
-def test_sdpa_mask_and_mask_is_needless() -> None:
-    with stands_on("sdpa_mask and the conditions under which it returns None"):
+def test_sdpa_mask() -> None:
+    from transformers.masking_utils import causal_mask_function
+
+    with stands_on("sdpa_mask"):
+        some = torch.tensor([[False, True, True]])
+        given = {"batch_size": 1, "q_length": 2, "kv_length": 3, "q_offset": 1, "attention_mask": some}
+        found = adapter.sdpa_mask(**given, mask_function=causal_mask_function)
+        assert found is not None
+        assert found.tolist() == [[[[False, True, False], [False, True, True]]]]
+
+
+def test_mask_is_needless() -> None:
+    with stands_on("the conditions under which sdpa_mask returns None"):
         some = torch.tensor([[False, True, True, True]])
         skips = {"allow_is_causal_skip": True, "allow_is_bidirectional_skip": False}
         both = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}

@@ -23,6 +23,9 @@ from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.statistics import ATTRIBUTE, CallStatistics, Statistics
 from hf_ext.attention.structure import AttentionStructure
 
+#: Where a packed structure keeps its dense form.
+DENSE = "hf_ext_dense"
+
 
 def mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **given: Any
@@ -240,10 +243,10 @@ def _dense(packed: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
 
     if torch.compiler.is_compiling():
         return unpack(packed, query.shape[2], key.shape[2]).dense()
-    dense = getattr(packed, "_hf_ext_dense", None)
+    dense = getattr(packed, DENSE, None)
     if dense is None:
         dense = unpack(packed, query.shape[2], key.shape[2]).dense()
-        packed._hf_ext_dense = dense  # type: ignore[attr-defined]
+        setattr(packed, DENSE, dense)
     return dense
 
 

@@ -12,6 +12,8 @@ from hf_ext.attention.statistics import Statistics
 
 #: So many queries at most, with that many times as many keys, go to the kernel that is split over the keys.
 FEW, FAR = 64, 4
+#: Where a packed structure keeps its kernel arguments.
+ARGUMENTS = "hf_ext_arguments"
 
 
 def attend_with_kernels(
@@ -74,8 +76,8 @@ def arguments_of(packed: torch.Tensor, queries: int, keys: int) -> KernelArgumen
     """Return a packed structure as kernels read it; it is worked out once for all layers that share it."""
     if torch.compiler.is_compiling():
         return kernel_arguments(unpack(packed, queries, keys))
-    found = getattr(packed, "_hf_ext_arguments", None)
+    found = getattr(packed, ARGUMENTS, None)
     if found is None or found.shape[1:] != (queries, keys):
         found = kernel_arguments(unpack(packed, queries, keys))
-        packed._hf_ext_arguments = found  # type: ignore[attr-defined]
+        setattr(packed, ARGUMENTS, found)
     return found

@@ -22,7 +22,7 @@ from hf_ext.attention.structure import AttentionStructure, Tokens
 #: The window of all packed structures that have one; more than any position.
 WINDOW = 2**30
 
-_KEPT = "_hf_ext_structure"
+_KEPT = "hf_ext_structure"
 
 
 def pack(structure: AttentionStructure) -> torch.Tensor:
