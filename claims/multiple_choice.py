@@ -25,7 +25,7 @@ from hf_ext.generation.structured.set_prompt import SetPrompt, encode
 
 DATA = "Next lines of functions of held-out Python standard library modules"
 #: Fine-tuning: steps, questions a step, learning rate.
-STEPS, ROWS, RATE = 45, 12, 7e-4
+STEPS, ROWS, RATE = 70, 16, 5e-4
 OPTIONS, LONGEST_OPTION, LONGEST_CONTEXT = 4, 10, 32
 
 
@@ -62,7 +62,7 @@ def questions(unseen: bool, count: int, options: int = OPTIONS, seed: int = 0) -
     tokenizer, draw = held_out.load()[1], random.Random(seed)
     files = [source for source in sources(held_out=unseen) if "/" not in source.name]
     pairs = []
-    for source in files if unseen else draw.sample(files, min(len(files), 60)):
+    for source in files if unseen else draw.sample(files, min(len(files), 90)):
         for half in held_out.halves(source.name, source.text):
             line = next(line.strip() for line in half.reference.splitlines() if line.strip())
             ids = tokenizer(" " + line)["input_ids"]

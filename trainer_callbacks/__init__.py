@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_ext.trainer_callbacks.layerskip import LayerSkipTraining as LayerSkipTraining
     from hf_ext.trainer_callbacks.meap import MEAP as MEAP
     from hf_ext.trainer_callbacks.objective import Objective as Objective
+    from hf_ext.trainer_callbacks.prefix_lm import PrefixLMTraining as PrefixLMTraining
 
 # no submodule may bear the name of one of these: importing it would hide the attribute
 __getattr__, __all__ = lazy_attributes(
@@ -21,6 +22,7 @@ __getattr__, __all__ = lazy_attributes(
         "LayerSkipTraining": "layerskip",
         "MEAP": "meap",
         "Objective": "objective",
+        "PrefixLMTraining": "prefix_lm",
         "TrainDraftHead": "draft_head",
         "attach": "attachment",
         "detach": "attachment",
