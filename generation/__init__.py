@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from hf_ext.generation.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from hf_ext.generation.draft_and_verify import DraftAndVerify as DraftAndVerify
     from hf_ext.generation.dyspec import DySpec as DySpec
+    from hf_ext.generation.extended_mind import ExtendedMind as ExtendedMind
     from hf_ext.generation.hidden_transfer import HiddenTransfer as HiddenTransfer
     from hf_ext.generation.jacobi_decoding import JacobiDecoding as JacobiDecoding
     from hf_ext.generation.kangaroo import Kangaroo as Kangaroo
     from hf_ext.generation.layerskip import LayerSkip as LayerSkip
     from hf_ext.generation.opt_tree import OptTree as OptTree
+    from hf_ext.generation.parallel_context_encoding import ParallelContextEncoding as ParallelContextEncoding
     from hf_ext.generation.parallel_context_windows import ParallelContextWindows as ParallelContextWindows
     from hf_ext.generation.parallel_ensemble import ParallelEnsemble as ParallelEnsemble
     from hf_ext.generation.pine import PINE as PINE
@@ -56,6 +58,7 @@ __getattr__, __all__ = lazy_attributes(
         "DraftAndVerify": "draft_and_verify",
         "DraftTree": "speculative.tree",
         "DySpec": "dyspec",
+        "ExtendedMind": "extended_mind",
         "HiddenTransfer": "hidden_transfer",
         "JacobiDecoding": "jacobi_decoding",
         "Kangaroo": "kangaroo",
@@ -63,6 +66,7 @@ __getattr__, __all__ = lazy_attributes(
         "ParallelContextWindows": "parallel_context_windows",
         "ParallelEnsemble": "parallel_ensemble",
         "PINE": "pine",
+        "ParallelContextEncoding": "parallel_context_encoding",
         "PrefixLM": "prefix_lm",
         "PromptLookup": "prompt_lookup",
         "RecurrentDrafter": "recurrent_drafter",

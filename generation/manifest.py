@@ -233,6 +233,29 @@ PLUGINS = (
         example="model.generate(**prompt.encode(tokenizer), custom_generate=PINE())",
     ),
     Plugin(
+        name="parallel-context-encoding",
+        kind="strategy",
+        summary="Pieces of a context are read independently after a shared prefix; each query attends to the "
+        "top-scoring pieces only, and the report tells the entropy of attention.",
+        target="hf_ext.generation.parallel_context_encoding:ParallelContextEncoding",
+        paper="Attention Entropy is a Key Factor: An Analysis of Parallel Context Encoding with Full-attention-based "
+        "Pre-trained Language Models (arXiv:2412.16545)",
+        covers=("parallel-context-encoding",),
+        claims="hf_ext.claims.parallel_context_encoding:CLAIMS",
+        example="model.generate(**prompt.encode(tokenizer), custom_generate=ParallelContextEncoding(top_pieces=2))",
+    ),
+    Plugin(
+        name="extended-mind-transformers",
+        kind="strategy",
+        summary="Keys and values of other texts are kept outside of the model; every query of every head attends to "
+        "the few most similar ones, and the report cites the spans.",
+        target="hf_ext.generation.extended_mind:ExtendedMind",
+        paper="Extended Mind Transformers (arXiv:2406.02332)",
+        covers=("extended-mind-transformers",),
+        claims="hf_ext.claims.extended_mind:CLAIMS",
+        example="model.generate(**inputs, custom_generate=ExtendedMind(Memories.of(model, texts)))",
+    ),
+    Plugin(
         name="parallel-context-windows",
         kind="strategy",
         summary="Parts of a long context are read side by side at re-used positions, and what follows sees all of "
