@@ -66,7 +66,7 @@ SHAPES = [
 STRUCTURED = [Shape(2, 32, 8, 8192, 128)]
 DECODED = [Shape(1, 32, 8, 16384, 128), Shape(8, 32, 8, 8192, 128), Shape(32, 32, 8, 2048, 128)]
 SUMMED = [Shape(1, 32, 8, tokens, 128) for tokens in (2048, 4096, 8192)]
-TINY = [Shape(2, 4, 2, 48, 32)]
+TINY = [Shape(1, 2, 1, 24, 16)]
 
 
 def structures(tokens: int, device: torch.device) -> dict[str, AttentionStructure]:
@@ -153,16 +153,17 @@ def gradients(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]
 def rivals(structure: AttentionStructure, shape: Shape, plain: bool, device: torch.device) -> dict[str, Any]:
     """Return ways to attend, by name; all take query, key and value."""
     arguments = kernel_arguments(structure)
-    flex = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
-    blocks = create_block_mask(
-        structure.mask_function(), None, None, shape.tokens, shape.tokens, device=device, _compile=device.type == "cuda"
-    )
     found: dict[str, Any] = {
         "hf_ext": (lambda q, k, v: attention(q, k, v, causal=True)[0])
         if plain
         else (lambda q, k, v: attention(q, k, v, structure=arguments)[0]),
-        "flex": lambda q, k, v: flex(q, k, v, block_mask=blocks, enable_gqa=True),
     }
+    if device.type == "cuda":
+        flex, seen = torch.compile(flex_attention), structure.mask_function()
+        blocks = create_block_mask(seen, None, None, shape.tokens, shape.tokens, device=device, _compile=True)
+        found["flex"] = lambda q, k, v: flex(q, k, v, block_mask=blocks, enable_gqa=True)
+    else:  # flex attention has no gradients on the CPU
+        found["flex"] = lambda q, k, v: attention_reference(q, k, v, structure=structure)[0]
 
     def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION] if device.type == "cuda" else [SDPBackend.MATH]):

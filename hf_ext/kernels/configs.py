@@ -35,7 +35,7 @@ class Config:
 
 
 #: Shared memory in bytes that a program may have, by device class.
-SHARED = {"hopper": 232448, "ampere": 166912, "small": 101376}
+SHARED = {"hopper": 232448, "ampere": 166912}
 OPERATIONS = (
     "forward", "forward_few", "row_products", "query_gradient", "key_value_gradient", "decode", "decode_many",
     "column_sums",
@@ -68,9 +68,9 @@ _HOPPER = {
     ("query_gradient", 64, 4): Config(32, 32, 4, 2),
     ("query_gradient", 128, 4): Config(32, 16, 4, 2),
     ("query_gradient", 256, 4): Config(16, 16, 8, 1),
-    ("key_value_gradient", 64, 2): Config(64, 128, 8, 2),
-    ("key_value_gradient", 128, 2): Config(64, 128, 8, 2),
-    ("key_value_gradient", 256, 2): Config(32, 64, 8, 1),
+    ("key_value_gradient", 64, 2): Config(32, 128, 8, 2),
+    ("key_value_gradient", 128, 2): Config(32, 64, 8, 2),
+    ("key_value_gradient", 256, 2): Config(32, 32, 8, 1),
     ("key_value_gradient", 64, 4): Config(32, 32, 4, 2),
     ("key_value_gradient", 128, 4): Config(16, 32, 8, 1),
     ("key_value_gradient", 256, 4): Config(16, 16, 8, 1),
@@ -80,9 +80,9 @@ _HOPPER = {
     ("decode", 64, 4): Config(16, 64, 4, 2),
     ("decode", 128, 4): Config(16, 32, 4, 2),
     ("decode", 256, 4): Config(16, 16, 4, 2),
-    ("decode_many", 64, 2): Config(64, 64, 4, 3),
-    ("decode_many", 128, 2): Config(64, 64, 4, 3),
-    ("decode_many", 256, 2): Config(64, 32, 8, 2),
+    ("decode_many", 64, 2): Config(32, 64, 4, 3),
+    ("decode_many", 128, 2): Config(32, 32, 4, 3),
+    ("decode_many", 256, 2): Config(32, 32, 8, 2),
     ("decode_many", 64, 4): Config(32, 32, 4, 2),
     ("decode_many", 128, 4): Config(32, 32, 4, 2),
     ("decode_many", 256, 4): Config(32, 16, 8, 2),
@@ -94,12 +94,14 @@ _HOPPER = {
     ("column_sums", 256, 4): Config(16, 32, 4, 1),
 }
 _AMPERE = _HOPPER | {
-    ("forward", 64, 2): Config(128, 64, 4, 3),
+    ("forward", 64, 2): Config(128, 64, 8, 3),
+    ("forward", 128, 2): Config(128, 32, 8, 3),
+    ("forward", 256, 2): Config(64, 32, 8, 2),
+    ("query_gradient", 64, 2): Config(128, 32, 8, 2),
+    ("query_gradient", 128, 2): Config(128, 32, 8, 2),
+    ("key_value_gradient", 128, 2): Config(64, 64, 8, 2),
 }
-_SMALL = _AMPERE | {
-    ("forward", 128, 2): Config(64, 32, 4, 3),
-}
-TABLE = {"hopper": _HOPPER, "ampere": _AMPERE, "small": _SMALL}
+TABLE = {"hopper": _HOPPER, "ampere": _AMPERE}
 #: On the CPU kernels are interpreted, to be tested: small, so that there are many blocks.
 INTERPRETED = Config(32, 16, 1, 1)
 
@@ -134,10 +136,10 @@ def entry(kind: str, operation: str, width: int, size: int) -> Config:
 
 @cache
 def device_class(index: int) -> str:
-    """Return "hopper", "ampere" or "small", by what a program may have of shared memory.
+    """Return "hopper" or "ampere", by what a program may have of shared memory.
 
     Raises:
-        RuntimeError: a device with less than the smallest class has.
+        RuntimeError: a device with less than either has.
     """
     found = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
     for kind, needed in SHARED.items():
@@ -145,7 +147,7 @@ def device_class(index: int) -> str:
             return kind
     raise RuntimeError(
         f"{torch.cuda.get_device_name(index)} has {found} bytes of shared memory for a program, the attention kernels "
-        f"need {SHARED['small']}: use attn_implementation='sdpa' there"
+        f"need {SHARED['ampere']}: use attn_implementation='sdpa' there"
     )
 
 

@@ -58,7 +58,7 @@ def inputs() -> Inputs:
 def _padded(rows: int, tokens: int) -> torch.Tensor:
     mask = torch.ones(rows, tokens, dtype=torch.int64)
     for row in range(rows):
-        mask[row, : 19 * row] = 0
+        mask[row, : 13 * row] = 0
     return mask
 
 
@@ -69,29 +69,43 @@ def _segments(tokens: int) -> torch.Tensor:
     return row[None]
 
 
-def structures(rows: int = 2, tokens: int = 65) -> dict[str, AttentionStructure]:
-    """Return structures with 65 keys, by name."""
+def structures(rows: int = 2, tokens: int = 41) -> dict[str, AttentionStructure]:
+    """Return structures by name."""
     plain = AttentionStructure.causal(_padded(rows, tokens))
     one = AttentionStructure.causal(torch.ones(1, tokens))
     nodes = 9
     parents = [[(node - 1) // 2 for node in range(nodes)] for _ in range(rows)]
-    many = [[node - 1 if node % 7 else -1 for node in range(64 + 3)]]
+    many = [[node - 1 if node % 7 else -1 for node in range(64 + 2)]]
     return {
-        "padding": plain,
         "padding, window": plain.windowed(12),
         "right padding": AttentionStructure.causal(_padded(rows, tokens).flip(-1)),
-        "segments": one.segments(_segments(tokens)),
         "segments, window, padding": plain.segments(_segments(tokens)).windowed(20),
-        "documents": plain.documents(torch.arange(tokens).div(23, rounding_mode="floor")[None] + 1),
-        "prefix": plain.spans((torch.arange(tokens) < 30)[None].int()),
-        "part": one.segments(_segments(tokens)).part(40, tokens),
+        "documents": plain.documents(torch.arange(tokens).div(17, rounding_mode="floor")[None] + 1),
+        "prefix": plain.spans((torch.arange(tokens) < 20)[None].int()),
+        "part": one.segments(_segments(tokens)).part(30, tokens),
         "tree": AttentionStructure.tree(_padded(rows, tokens - nodes), parents),
-        "tree of many": AttentionStructure.tree(torch.ones(1, 20), many),
+        "tree of many": AttentionStructure.tree(torch.ones(1, 10), many),
     }
+
+
+def _arguments(name: str) -> Any:
+    structure = structures()[name]
+    return structure, kernel_arguments(structure, 128 if name == "tree of many" else 32)
 
 
 @pytest.fixture(params=list(structures()))
 def structured(request: pytest.FixtureRequest) -> Any:
     """A structure, and its kernel arguments with tables coarser than what the interpreter works on."""
-    structure = structures()[request.param]
-    return structure, kernel_arguments(structure, 128 if request.param == "tree of many" else 32)
+    return _arguments(request.param)
+
+
+@pytest.fixture(params=["segments, window, padding", "tree", "tree of many"])
+def varied(request: pytest.FixtureRequest) -> Any:
+    """As `structured`, but only as many as have everything among them."""
+    return _arguments(request.param)
+
+
+@pytest.fixture
+def mixed() -> Any:
+    """The kernel arguments of a structure with segments, padding and a window."""
+    return kernel_arguments(structures()["segments, window, padding"], 32)

@@ -48,23 +48,24 @@ def compare(tensors: list[torch.Tensor], bound: float = 5e-6, **options: Any) ->
     return found
 
 
-@pytest.mark.parametrize("width", [32, 64, 80, 128])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 33), (7, 65), (33, 33)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width"), [(1, 1, 32), (1, 33, 80), (7, 65, 64), (33, 33, 128), (65, 65, 32)]
+)
 def test_causal_attention(inputs: Any, queries: int, keys: int, width: int) -> None:
     compare(inputs(queries=queries, keys=keys, width=width), causal=True)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_groups_of_heads_share_keys(inputs: Any, key_heads: int) -> None:
-    compare(inputs(batch=2, heads=4, key_heads=key_heads, queries=17, keys=40), causal=True)
+    compare(inputs(heads=4, key_heads=key_heads, queries=17, keys=40), causal=True)
 
 
-@pytest.mark.parametrize(("queries", "keys", "width"), [(1, 65, 32), (33, 7, 80), (65, 65, 32)])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(1, 65, 32), (33, 7, 80)])
 def test_attention_to_everything(inputs: Any, queries: int, keys: int, width: int) -> None:
     compare(inputs(queries=queries, keys=keys, width=width))
 
 
-@pytest.mark.parametrize("window", [1, 7, 16, 40])
+@pytest.mark.parametrize("window", [1, 7, 40])
 def test_windows(inputs: Any, window: int) -> None:
     compare(inputs(queries=50, keys=65), causal=True, window=window)
 
@@ -86,32 +87,31 @@ def test_sinks_take_their_share(inputs: Any) -> None:
 
 def test_everything_at_once(inputs: Any) -> None:
     options = {"sinks": torch.tensor([0.5, 2.0]), "softcap": 5.0, "window": 20, "scale": 0.3}
-    compare(inputs(batch=2, queries=37, keys=49), causal=True, bound=2e-5, **options)
+    compare(inputs(queries=37, keys=49), causal=True, bound=2e-5, **options)
 
 
 def test_structures(inputs: Any, structured: Any) -> None:
     structure, arguments = structured
-    _, queries, keys = structure.shape
-    tensors = inputs(batch=2, queries=queries, keys=keys)
+    rows, queries, keys = structure.shape
+    tensors = inputs(batch=rows, queries=queries, keys=keys)
     found = compare(tensors, structure=arguments)
     # In the other direction: the reference of the structure itself, without tables.
     expected, lse = attention_reference(*[tensor.double() for tensor in tensors], structure=structure)
     error = (found["out"].double() - expected).abs().max()
     assert error <= 5e-6, f"differs by up to {error:.2e} from the structure"
-    asleep = (~structure.dense().any(-1)).expand(2, 2, -1)
+    asleep = (~structure.dense().any(-1)).expand(*lse.shape)
     assert torch.equal(lse.isneginf(), asleep)
     assert (found["out"][asleep] == 0).all(), "a row that sees nothing is zero"
     assert (found["query"][asleep] == 0).all(), "and gets no gradient"
 
 
-def test_structures_with_soft_cap_and_sinks(inputs: Any, structured: Any) -> None:
-    structure, arguments = structured
-    _, queries, keys = structure.shape
-    tensors = inputs(batch=2, queries=queries, keys=keys, key_heads=2)
-    compare(tensors, structure=arguments, softcap=3.0, sinks=torch.tensor([1.0, -1.0]), bound=2e-5)
+def test_structures_with_soft_cap_and_sinks(inputs: Any, mixed: Any) -> None:
+    _, queries, keys = mixed.shape
+    tensors = inputs(batch=2, queries=queries, keys=keys)
+    compare(tensors, structure=mixed, softcap=3.0, sinks=torch.tensor([1.0, -1.0]), bound=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 20, 35), (1, 2, 20, 35), (2, 1, 20, 35), (1, 1, 20, 35)])
+@pytest.mark.parametrize("shape", [(1, 2, 20, 35), (2, 1, 20, 35)])
 @pytest.mark.parametrize("kind", ["bool", "added"])
 def test_dense_masks(inputs: Any, shape: tuple[int, ...], kind: str) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +130,7 @@ def test_masks_are_added_after_the_soft_cap(inputs: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
 def test_half_precision(inputs: Any, dtype: torch.dtype, bound: float) -> None:
-    compare(inputs(batch=2, queries=33, keys=65, dtype=dtype), causal=True, bound=bound)
+    compare(inputs(queries=33, keys=40, dtype=dtype), causal=True, bound=bound)
 
 
 def test_inputs_of_any_strides(inputs: Any) -> None:
@@ -148,7 +148,7 @@ def test_results_lie_in_memory_as_models_want_them(inputs: Any) -> None:
 
 
 def test_the_same_twice_is_the_same_bit_for_bit(inputs: Any) -> None:
-    tensors = inputs(batch=2, heads=4, key_heads=2, queries=33, keys=65)
+    tensors = inputs(heads=4, key_heads=2, queries=20, keys=37)
     first = values_and_gradients(attention, tensors, causal=True)
     second = values_and_gradients(attention, tensors, causal=True)
     for name, tensor in first.items():
@@ -183,12 +183,11 @@ def test_compiled_models_do_not_break_their_graph(inputs: Any) -> None:
         assert torch.equal(a, b)
 
 
-def test_structures_pass_through_compilation(inputs: Any, structured: Any) -> None:
-    _, arguments = structured
-    _, queries, keys = arguments.shape
+def test_structures_pass_through_compilation(inputs: Any, mixed: Any) -> None:
+    _, queries, keys = mixed.shape
     tensors = inputs(batch=2, queries=queries, keys=keys)
     compiled = torch.compile(attention, fullgraph=True, backend="eager")
-    for a, b in zip(compiled(*tensors, structure=arguments), attention(*tensors, structure=arguments), strict=True):
+    for a, b in zip(compiled(*tensors, structure=mixed), attention(*tensors, structure=mixed), strict=True):
         assert torch.equal(a, b)
 
 
@@ -233,8 +232,7 @@ def test_wrong_input_is_refused(inputs: Any) -> None:
             attention(*tensors, **options)
 
 
-def test_structures_of_other_shapes_are_refused(inputs: Any, structured: Any) -> None:
-    structure, arguments = structured
-    for given in (structure, arguments):
+def test_structures_of_other_shapes_are_refused(inputs: Any, mixed: Any) -> None:
+    for given in (mixed, mixed.structure()):
         with pytest.raises(ValueError, match="the structure has"):
             attention(*inputs(batch=2, queries=5, keys=8), structure=given)

@@ -30,7 +30,7 @@ def compare(tensors: list[torch.Tensor], bound: float = 2e-6, sinks: torch.Tenso
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 33), (7, 65), (33, 33)])
 def test_sums_over_queries_and_the_heads_of_a_group(inputs: Any, queries: int, keys: int, key_heads: int) -> None:
-    found = compare(inputs(batch=2, heads=4, key_heads=key_heads, queries=queries, keys=keys), causal=True)
+    found = compare(inputs(heads=4, key_heads=key_heads, queries=queries, keys=keys), causal=True)
     total = found.sum(-1)
     rows = queries * 4 / key_heads
     assert (total - rows).abs().max() < 1e-4 * rows, f"every row gives 1: {total.tolist()} of {rows}"
@@ -40,7 +40,7 @@ def test_all_see_all(inputs: Any) -> None:
     compare(inputs(queries=20, keys=35, width=80))
 
 
-@pytest.mark.parametrize("last", [1, 8, 20, 100])
+@pytest.mark.parametrize("last", [8, 100])
 def test_only_the_last_queries_count(inputs: Any, last: int) -> None:
     found = compare(inputs(queries=37, keys=50), causal=True, last=last)
     assert abs(float(found.sum()) - 2 * min(last, 37)) < 1e-3
@@ -55,11 +55,11 @@ def test_windows_soft_caps_and_sinks(inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("last", [None, 5])
-def test_structures(inputs: Any, structured: Any, last: int | None) -> None:
-    structure, arguments = structured
-    _, queries, keys = structure.shape
-    found = compare(inputs(batch=2, queries=queries, keys=keys), structure=arguments, last=last, bound=1e-5)
-    seen = structure.dense()[:, :, -(last or queries) :].any(2).expand(2, 1, -1)
+def test_structures(inputs: Any, varied: Any, last: int | None) -> None:
+    structure, arguments = varied
+    rows, queries, keys = structure.shape
+    found = compare(inputs(batch=rows, queries=queries, keys=keys), structure=arguments, last=last, bound=1e-5)
+    seen = structure.dense()[:, :, -(last or queries) :].any(2).expand(rows, 1, -1)
     assert (found[~seen] == 0).all(), "what nobody sees, padding too, gets nothing"
 
 

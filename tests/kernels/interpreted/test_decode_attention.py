@@ -29,13 +29,13 @@ def compare(tensors: list[torch.Tensor], bound: float = 2e-6, **options: Any) ->
         assert error <= bound * largest, f"{name} differs by up to {error:.2e}, of {largest:.2e}"
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 40])
+@pytest.mark.parametrize("splits", [1, 3, 40])
 def test_splits_change_nothing(inputs: Any, splits: int) -> None:
     compare(inputs(batch=2, queries=1, keys=77), causal=True, splits=splits)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-@pytest.mark.parametrize("queries", [1, 3, 9])
+@pytest.mark.parametrize("queries", [1, 9])
 def test_queries_of_a_group_are_worked_on_together(inputs: Any, queries: int, key_heads: int) -> None:
     compare(inputs(heads=4, key_heads=key_heads, queries=queries, keys=50, width=80), causal=True)
 
@@ -52,21 +52,21 @@ def test_soft_caps_sinks_and_other_widths(inputs: Any) -> None:
     compare(tensors)
 
 
-def test_structures(inputs: Any, structured: Any) -> None:
-    structure, arguments = structured
+def test_structures(inputs: Any, varied: Any) -> None:
+    structure, arguments = varied
     _, queries, keys = structure.shape
-    wide = kernel_arguments(structure, 128)
-    compare(inputs(batch=2, queries=queries, keys=keys), structure=wide, splits=3, bound=1e-5)
+    rows, wide = structure.shape[0], kernel_arguments(structure, 128)
+    compare(inputs(batch=rows, queries=queries, keys=keys), structure=wide, splits=2, bound=1e-5)
     if queries > arguments.size:
         with pytest.raises(ValueError, match="needs kernel arguments of that size"):
             decode_attention(*inputs(batch=2, queries=queries, keys=keys), structure=arguments)
 
 
 def test_a_tree_over_a_long_padded_context(inputs: Any) -> None:
-    context = torch.ones(2, 150)
+    context = torch.ones(2, 100)
     context[1, :70] = 0
     tree = AttentionStructure.tree(context, [[-1, 0, 0, 1, -1]] * 2)
-    compare(inputs(batch=2, heads=4, key_heads=2, queries=5, keys=155), structure=kernel_arguments(tree, 32))
+    compare(inputs(batch=2, queries=5, keys=105), structure=kernel_arguments(tree, 32))
 
 
 def test_dense_masks(inputs: Any) -> None:
