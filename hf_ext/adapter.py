@@ -588,8 +588,9 @@ def describe_mask_function(function: Callable[..., Any]) -> list[tuple[Any, ...]
         inner = describe_mask_function(values["mask_function"])
         return None if inner is None else [("renumbered", values["position_ids"], inner)]
     if made_by("and_masks") or made_by("or_masks"):
-        members = [describe_mask_function(member) for member in values["mask_functions"]]
-        if any(member is None for member in members):
+        described = [describe_mask_function(member) for member in values["mask_functions"]]
+        members = [parts for parts in described if parts is not None]
+        if len(members) < len(described):
             return None
         return [part for member in members for part in member] if made_by("and_masks") else [("any", *members)]
     return None
