@@ -13,18 +13,21 @@ says so once.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_ext import adapter
-from hf_ext.attention.exact import Attended
 from hf_ext.attention.mode import runs_kernels
-from hf_ext.attention.statistics import ATTRIBUTE, CallStatistics, Statistics
-from hf_ext.attention.structure import AttentionStructure
+
+if TYPE_CHECKING:  # registered whenever transformers has models: the rest is imported when it is needed
+    from hf_ext.attention.exact import Attended
+    from hf_ext.attention.statistics import Statistics
 
 #: Where a packed structure keeps its dense form.
 DENSE = "hf_ext_dense"
+#: The attribute of a model's modules that holds the statistics being collected.
+STATISTICS = "_hf_ext_statistics"
 
 
 def mask(
@@ -110,7 +113,7 @@ def attention(
             f"{type(module).__name__} has sinks of every query; attn_implementation='hf_ext' has them of every head "
             "(s_aux). Use 'eager'"
         )
-    statistics = module.__dict__.get(ATTRIBUTE)
+    statistics = module.__dict__.get(STATISTICS)
     on_gpu = runs_kernels(query.device)
     by_sdpa = softcap is None and s_aux is None
     if by_sdpa and not on_gpu and statistics is None and not output_attentions:  # nothing to do for us
@@ -203,7 +206,7 @@ def _by_definition(
     if attention_mask is not None and packed.is_packed(attention_mask):
         seen = packed.unpack(attention_mask, length, key.shape[2])
     if bias is not None:
-        if isinstance(seen, AttentionStructure):
+        if seen is not None and not isinstance(seen, torch.Tensor):
             seen = seen.dense()
         if seen is None and causal:
             seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
@@ -225,6 +228,8 @@ def note(
     statistics: Statistics, module: torch.nn.Module, lse: torch.Tensor | None, column_sums: torch.Tensor | None
 ) -> None:
     """Add what a layer did to the statistics; layers that have no number are all -1."""
+    from hf_ext.attention.statistics import CallStatistics
+
     layer = getattr(module, "layer_idx", None)
     statistics.calls.append(CallStatistics(-1 if layer is None else int(layer), lse, column_sums))
 

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_ext import adapter
+from hf_ext.attention.backend import STATISTICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: The attribute of a model's modules that holds the statistics being collected.
-ATTRIBUTE = "_hf_ext_statistics"
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,13 @@ def collect(model: PreTrainedModel, lse: bool = True, column_sums: bool = True) 
             "model.set_attn_implementation('hf_ext')"
         )
     modules = list(model.modules())
-    if any(ATTRIBUTE in module.__dict__ for module in modules):
+    if any(STATISTICS in module.__dict__ for module in modules):
         raise ValueError("statistics of this model are being collected already")
     found = Statistics(lse, column_sums)
     for module in modules:
-        module.__dict__[ATTRIBUTE] = found
+        module.__dict__[STATISTICS] = found
     try:
         yield found
     finally:
         for module in modules:
-            module.__dict__.pop(ATTRIBUTE, None)
+            module.__dict__.pop(STATISTICS, None)
