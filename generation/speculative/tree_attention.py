@@ -231,7 +231,7 @@ def _block_mask(structure: TreeStructure, dtype: torch.dtype, device: torch.devi
 
 
 def _compact(structure: TreeStructure, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    if not runs_kernels(device) or (structure.queries == 1 and structure.is_causal):
+    if structure.queries == 1 or not runs_kernels(device):
         return _boolean(structure, dtype, device)
     # Packed before it is moved: one copy to the device, not one for every field.
     return pack(structure.structure()).to(device, non_blocking=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_ext import adapter
-from hf_ext.attention.mode import runs_kernels
+from hf_ext.attention.mode import HAS_TRITON, runs_kernels
 
 if TYPE_CHECKING:  # registered whenever transformers has models: the rest is imported when it is needed
     from hf_ext.attention.exact import Attended
@@ -51,7 +51,7 @@ def mask(
         "kv_offset": kv_offset,
     }  # fmt: skip
     device = given.get("device", "cpu")
-    if not runs_kernels(device):
+    if q_length == 1 or not runs_kernels(device):  # what one query sees is no larger than what a structure takes
         return adapter.sdpa_mask(**sizes, **given)
     padding = given.get("attention_mask")
     causal, both = given.get("allow_is_causal_skip", True), given.get("allow_is_bidirectional_skip", False)
@@ -115,6 +115,8 @@ def attention(
         )
     statistics = module.__dict__.get(STATISTICS)
     on_gpu = runs_kernels(query.device)
+    if query.is_cuda and not HAS_TRITON:
+        _say_once("triton, which the kernels need, is not installed (pip install 'hf_ext[kernels]')")
     by_sdpa = softcap is None and s_aux is None
     if by_sdpa and not on_gpu and statistics is None and not output_attentions:  # nothing to do for us
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None

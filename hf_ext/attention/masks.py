@@ -51,8 +51,11 @@ def block_mask(structure: AttentionStructure, dtype: torch.dtype, device: torch.
 
 
 def compact(structure: AttentionStructure, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return what `"hf_ext"` takes: a packed structure where the kernels run, elsewhere `boolean`."""
-    if not runs_kernels(device):
+    """Return what `"hf_ext"` takes: a packed structure where the kernels run, elsewhere `boolean`.
+
+    One query takes a row of bool, too: that is no larger, and there are no blocks to be skipped.
+    """
+    if len(structure.queries) == 1 or not runs_kernels(device):
         return boolean(structure, dtype, device)
     from hf_ext.attention.packed import pack
 

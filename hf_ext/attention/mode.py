@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 
+#: Whether there is anything to run the kernels with. A constant, so that torch.compile may read it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 #: Whether the Triton kernels are used: where they can, everywhere (under the interpreter), or nowhere.
 _mode: Literal["auto", "always", "never"] = "auto"
 
@@ -41,13 +41,5 @@ def kernels(mode: Literal["auto", "always", "never"]) -> Iterator[None]:
 def runs_kernels(device: torch.device | str) -> bool:
     """Tell whether attention on a device runs the Triton kernels."""
     if _mode == "auto":
-        return torch.device(device).type == "cuda" and _triton()
+        return HAS_TRITON and torch.device(device).type == "cuda"
     return _mode == "always"
-
-
-@functools.cache
-def _triton() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn("triton is not installed: attn_implementation='hf_ext' runs SDPA instead", stacklevel=3)
-    return found

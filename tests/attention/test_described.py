@@ -88,7 +88,7 @@ def test_masks_of_steps_with_a_cache(kind: str, static: bool, padding: str) -> N
 
     for make in ("create_causal_mask",) + (("create_sliding_window_causal_mask",) if kind != "llama" else ()):
         for expected, found in both(make, [9, 1, 3, 1], cache, window, attention_mask=PADDING[padding]):
-            check(expected, found)
+            check(expected, found, compact=expected is not None and expected.shape[2] > 1)
 
 
 @pytest.mark.parametrize("make", ["create_causal_mask", "create_sliding_window_causal_mask"])
