@@ -126,7 +126,12 @@ def next_laws(
     tokenizer, found = held_out.load()[1], []
     for start in range(0, len(prompts), 24):
         inputs: dict[str, Any] = dict(encode(tokenizer, prompts[start : start + 24]))
-        settings = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        settings: dict[str, Any] = {
+            "max_new_tokens": 1,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
         if strategy is None:
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             out: Any = model.generate(**inputs, **settings)

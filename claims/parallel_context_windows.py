@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def next_law(
 ) -> torch.Tensor:
     """Return the probabilities of the next token through `generate`."""
     model = held_out.load()[0]
-    settings = {
+    settings: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False, "output_logits": True,
         "return_dict_in_generate": True,
     }  # fmt: skip

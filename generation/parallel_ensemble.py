@@ -74,7 +74,7 @@ class ParallelEnsemble(StructuredPrompting):
         lanes, owners, weights = self._lanes(prompt, name)
         ids, mask = _padded(lanes, int(run.pad_token_id or 0), prompt.ids.device)
         run.report.details["windows"] = [owners.count(row) for row in range(len(prompt.ids))]
-        logits, kwargs = self._read(run, ids, mask)
+        logits, kwargs = self._read_windows(run, ids, mask)
         owner = torch.tensor(owners, device=ids.device)
         mix = torch.zeros(len(prompt.ids), len(owners), dtype=torch.float32, device=ids.device)
         mix[owner, torch.arange(len(owners), device=ids.device)] = torch.tensor(weights, device=ids.device)
@@ -114,7 +114,9 @@ class ParallelEnsemble(StructuredPrompting):
                 weights.append(share / sum(shares))
         return lanes, owners, weights
 
-    def _read(self, run: DecodingRun, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    def _read_windows(
+        self, run: DecodingRun, ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Read all windows in one call; return their logits and the forward arguments that follow."""
         check_context(run.model, int(mask.sum(-1).max()))
         others = {n: v for n, v in run.model_kwargs.items() if not isinstance(v, torch.Tensor)}

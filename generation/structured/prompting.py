@@ -86,7 +86,6 @@ class StructuredPrompting(DecodingStrategy):
         self,
         model: Any,
         input_ids: torch.Tensor,
-        *args: Any,
         segment_ids: torch.Tensor | None = None,
         group_ids: torch.Tensor | None = None,
         **prepared: Any,
@@ -96,15 +95,13 @@ class StructuredPrompting(DecodingStrategy):
         Args:
             model: the model whose `generate` was called.
             input_ids: `(batch, length)` int64.
-            *args: as `generate` passes them.
             segment_ids: `(batch, length)` int, see `Prompt`; none by default.
             group_ids: likewise.
-            **prepared: likewise.
+            **prepared: all else, by name.
         """
         given = {"segment_ids": segment_ids, "group_ids": group_ids}
-        return super().__call__(
-            model, input_ids, *args, **prepared, **{n: v for n, v in given.items() if v is not None}
-        )
+        prepared |= {name: value for name, value in given.items() if value is not None}
+        return super().__call__(model, input_ids, **prepared)
 
     def check_length(self, model: Any, longest: int) -> None:
         """Leave it to `decode`, which knows the positions: siblings share them."""
