@@ -64,7 +64,7 @@ _HOPPER = {
     ("row_products", 256, 4): Config(16, 16, 4, 1),
     ("query_gradient", 64, 2): Config(128, 64, 8, 2),
     ("query_gradient", 128, 2): Config(128, 64, 8, 2),
-    ("query_gradient", 256, 2): Config(32, 32, 8, 2),
+    ("query_gradient", 256, 2): Config(64, 16, 8, 2),
     ("query_gradient", 64, 4): Config(32, 16, 8, 1),
     ("query_gradient", 128, 4): Config(16, 16, 4, 1),
     ("query_gradient", 256, 4): Config(16, 16, 4, 1),
