@@ -13,4 +13,16 @@ PLUGINS = (
         claims="hf_ext.claims.meap:CLAIMS",
         example="Trainer(model, args, train_dataset=data, callbacks=[MEAP(mask_ratio=0.15)]).train()",
     ),
+    Plugin(
+        name="layerwise-unmasking",
+        kind="attention",
+        summary="Chosen layers of a causal model look both ways while it is fine-tuned to label tokens, and "
+        "checkpoints remember which.",
+        target="hf_ext.attention.unmasking:LayerwiseUnmasking",
+        paper="Looking Right is Sometimes Right: Investigating the Capabilities of Decoder-only LLMs for Sequence "
+        "Labeling (arXiv:2401.14556)",
+        covers=("layerwise-unmasking",),
+        claims="hf_ext.claims.layerwise_unmasking:CLAIMS",
+        example="Trainer(model, args, train_dataset=data, callbacks=[LayerwiseUnmasking('0110')]).train()",
+    ),
 )
