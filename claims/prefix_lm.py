@@ -20,7 +20,7 @@ from hf_ext.generation.prefix_lm import PrefixLM
 from hf_ext.trainer_callbacks.prefix_lm import PrefixLMTraining
 from hf_ext.verify import Claim, Measurement, Threshold
 
-STEPS, BACK, ROWS, RATE, PROMPTS, TARGET, LONGEST = 60, 30, 8, 3e-4, 64, 32, 64
+STEPS, BACK, ROWS, RATE, PROMPTS, TARGET, LONGEST = 90, 30, 8, 3e-4, 64, 32, 64
 
 
 def row(prompt: str, reference: str) -> dict[str, list[int]]:
@@ -50,14 +50,24 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 def training_rows() -> list[dict[str, list[int]]]:
     """Return halves of functions of files that the target was trained on, in random order."""
     draw = random.Random(0)
-    files = draw.sample([source for source in sources(held_out=False) if "/" not in source.name], 40)
+    files = draw.sample([source for source in sources(held_out=False) if "/" not in source.name], 70)
     rows = [row(h.text, h.reference) for source in files for h in held_out.halves(source.name, source.text)]
     draw.shuffle(rows)
-    return rows[: STEPS * ROWS]
+    if len(rows) < (STEPS + BACK) * ROWS:
+        raise ValueError(f"{len(rows)} rows were found, {(STEPS + BACK) * ROWS} are needed")
+    return rows
 
 
-def trained(model: PreTrainedModel, objective: PrefixLMTraining | None, steps: int) -> PreTrainedModel:
-    """Train a model with the stock Trainer; None is plain, causal training."""
+def trained(model: PreTrainedModel, objective: PrefixLMTraining | None, steps: int, after: int = 0) -> PreTrainedModel:
+    """Train a model with the stock Trainer; None is plain, causal training.
+
+    Args:
+        model: trained in place.
+        objective: the callback, or None.
+        steps: how long.
+        after: steps whose rows are left out; every row is seen once.
+    """
+    rows = training_rows()[after * ROWS : (after + steps) * ROWS]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=RATE, warmup_steps=5,
@@ -65,7 +75,7 @@ def trained(model: PreTrainedModel, objective: PrefixLMTraining | None, steps: i
             dataloader_pin_memory=False,
         )  # fmt: skip
         callbacks = [] if objective is None else [objective]
-        Trainer(model, args, train_dataset=training_rows(), data_collator=collate, callbacks=callbacks).train()
+        Trainer(model, args, train_dataset=rows, data_collator=collate, callbacks=callbacks).train()
     return model.eval()
 
 
@@ -79,7 +89,7 @@ def model_of(kind: str) -> PreTrainedModel:
         return trained(model, None, STEPS)
     if kind == "back":
         model.load_state_dict(model_of("converted").state_dict())
-        return trained(model, None, BACK)
+        return trained(model, None, BACK, after=STEPS)
     return trained(model, PrefixLMTraining(), STEPS)
 
 
