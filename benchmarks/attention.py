@@ -32,6 +32,8 @@ from hf_ext.verify.stamp import hardware, versions
 COLUMNS = ("what", "baseline", "ms", "hf_ext ms", "ratio", "95 %", "CPU ratio")
 #: What is timed: runs something once.
 Way = Callable[[], Any]
+#: What gets ready for it, without being timed.
+Ready = Callable[[], Way]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,12 +111,12 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(_cells(row)) + " |" for row in record["rows"])]) + "\n"
 
 
-def compare(baseline: Way, own: Way, rounds: int, seed: int = 0) -> dict[str, Any]:
+def compare(baseline: Ready, own: Ready, rounds: int, seed: int = 0) -> dict[str, Any]:
     """Time two ways in turns.
 
     Args:
-        baseline: one way.
-        own: the other.
+        baseline: gets one way ready.
+        own: gets the other ready.
         rounds: in each, both run once.
         seed: of the bootstrap.
 
@@ -125,8 +127,9 @@ def compare(baseline: Way, own: Way, rounds: int, seed: int = 0) -> dict[str, An
     cpu: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + 1):
         for which in (0, 1) if turn % 2 else (1, 0):
+            run = (baseline, own)[which]()
             start, before = time.perf_counter(), time.process_time()
-            (baseline, own)[which]()
+            run()
             times[which].append(time.perf_counter() - start)
             cpu[which].append(time.process_time() - before)
     first, second = times[0][1:], times[1][1:]  # the first round warms up
@@ -190,15 +193,15 @@ def _rows(name: str, model: Any, options: argparse.Namespace) -> list[dict[str, 
 
 
 def _checked(model: Any, first: tuple[str, Way], second: tuple[str, Way], rounds: int) -> dict[str, Any]:
-    def under(name: str, way: Way) -> Way:
-        def run() -> Any:
+    def under(name: str, way: Way) -> Ready:
+        def ready() -> Way:
             model.set_attn_implementation(name)
-            return way()
+            return way
 
-        return run
+        return ready
 
     baseline, own = under(*first), under(*second)
-    difference = float((baseline() - own()).abs().max())
+    difference = float((baseline()() - own()()).abs().max())
     if difference > (1e-4 if first[0] == "eager" else 0):
         raise CliError(f"{second[0]} and {first[0]} differ by {difference}; nothing is timed")
     return {**compare(baseline, own, rounds), "largest_difference": difference}

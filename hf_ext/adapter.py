@@ -493,11 +493,16 @@ def attention_mappings() -> tuple[dict[str, Any], dict[str, Any]]:
     return AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
 
 
-def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """Call what transformers runs for `attn_implementation="sdpa"` (`integrations.sdpa_attention`)."""
+def sdpa_function() -> Callable[..., tuple[torch.Tensor, None]]:
+    """Return what transformers runs for `attn_implementation="sdpa"` (`integrations.sdpa_attention`)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(*args, **kwargs)
+    return sdpa_attention_forward
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Call `sdpa_function`."""
+    return sdpa_function()(*args, **kwargs)
 
 
 def sdpa_mask(**kwargs: Any) -> torch.Tensor | None:

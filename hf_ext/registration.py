@@ -47,6 +47,7 @@ def _register(registry: str) -> None:
         from hf_ext.attention import backend
         from hf_ext.attention.registry import register
 
+        backend.prepare()
         register("hf_ext", backend.attention, backend.mask)
         return
     from hf_ext.adapter import register_model_lazily

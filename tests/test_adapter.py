@@ -598,6 +598,13 @@ def test_attention_mappings() -> None:
         assert "canary_mapping" not in AttentionInterface()
 
 
+def test_sdpa_function() -> None:
+    from transformers import AttentionInterface
+
+    with stands_on("sdpa_attention_forward"):
+        assert adapter.sdpa_function() is AttentionInterface()["sdpa"]
+
+
 def test_sdpa_attention() -> None:
     with stands_on("sdpa_attention_forward"):
         from transformers import AttentionInterface

@@ -13,6 +13,7 @@ says so once.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,15 @@ if TYPE_CHECKING:  # registered whenever transformers has models: the rest is im
 DENSE = "hf_ext_dense"
 #: The attribute of a model's modules that holds the statistics being collected.
 STATISTICS = "_hf_ext_statistics"
+
+#: What `"sdpa"` runs; looked up once, as every layer asks for it in every step.
+_forward: Callable[..., tuple[torch.Tensor, None]] | None = None
+
+
+def prepare() -> None:
+    """Look up what `"sdpa"` runs, as soon as transformers has it."""
+    global _forward
+    _forward = adapter.sdpa_function()
 
 
 def mask(
@@ -119,7 +129,7 @@ def attention(
         _say_once("triton, which the kernels need, is not installed (pip install 'hf_ext[kernels]')")
     by_sdpa = softcap is None and s_aux is None
     if by_sdpa and not on_gpu and statistics is None and not output_attentions:  # nothing to do for us
-        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs), None
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     causal = _causal(module, query, attention_mask, is_causal)
     reason = _beyond_kernels(query, value, attention_mask, dropout, kwargs) if on_gpu else None
     if reason is not None:
@@ -134,7 +144,7 @@ def attention(
         by_definition, wanted = output_attentions, {"output": False, "weights": True}
     else:
         if by_sdpa:
-            output = _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+            output, _ = _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
         by_definition = True
         wanted = {
             "output": not by_sdpa,
@@ -175,13 +185,16 @@ def _sdpa(
     scaling: float | None,
     is_causal: bool | None,
     others: dict[str, Any],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, None]:
     """Attend as `"sdpa"` does."""
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         attention_mask = _dense(attention_mask, query, key)
-    return adapter.sdpa_attention(
+    if _forward is None:
+        prepare()
+    assert _forward is not None
+    return _forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
-    )[0]
+    )
 
 
 def _by_definition(

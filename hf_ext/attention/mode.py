@@ -41,5 +41,6 @@ def kernels(mode: Literal["auto", "always", "never"]) -> Iterator[None]:
 def runs_kernels(device: torch.device | str) -> bool:
     """Tell whether attention on a device runs the Triton kernels."""
     if _mode == "auto":
-        return HAS_TRITON and torch.device(device).type == "cuda"
+        kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+        return HAS_TRITON and kind == "cuda"
     return _mode == "always"

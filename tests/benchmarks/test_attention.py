@@ -27,7 +27,7 @@ def test_a_quick_run_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_median_ratio_is_that_of_the_work() -> None:
     small, large = torch.zeros(200, 200), torch.zeros(800, 800)
-    found = attention.compare(lambda: small @ small, lambda: large @ large, rounds=9)
+    found = attention.compare(lambda: lambda: small @ small, lambda: lambda: large @ large, rounds=9)
     assert found["ratio"] > 2
     assert found["interval"][0] <= found["ratio"] <= found["interval"][1]
 
