@@ -146,7 +146,8 @@ def gradients(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]
     """Return a function that computes the gradients of an attention whose forward pass was done."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     out = function(*leaves)
-    grad = torch.randn_like(out)
+    generator = torch.Generator(out.device).manual_seed(1)  # the same for all ways: their gradients are compared
+    grad = torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 

@@ -107,6 +107,7 @@ _AMPERE = _HOPPER | {
     ("forward_few", 256, 2): Config(32, 32, 4, 2),
     ("query_gradient", 256, 2): Config(64, 32, 8, 2),
     ("query_gradient", 256, 4): Config(16, 16, 8, 1),
+    ("key_value_gradient", 256, 4): Config(16, 16, 4, 1),
 }
 TABLE = {"hopper": _HOPPER, "ampere": _AMPERE}
 #: On the CPU kernels are interpreted, to be tested: small, so that there are many blocks.

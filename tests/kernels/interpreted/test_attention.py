@@ -203,7 +203,9 @@ def test_operators_keep_the_rules_of_operators(inputs: Any, name: str) -> None:
         grads = (torch.ones_like(out), torch.zeros_like(lse))
         arguments = (*grads, query, key, value, out, lse, [], None, *rest)
     operator = attention_backward.operator if name == "attention_backward" else torch.ops.hf_ext.attention.default
-    torch.library.opcheck(operator, arguments)
+    # What compiling with gradients does to it is the test above.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 def test_wrong_input_is_refused(inputs: Any) -> None:
