@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -26,9 +27,9 @@ def memories_of(given: FunctionSet) -> Memories:
 def without_memories() -> Measurement:
     """Compare greedy texts without memories with those of `generate`, in one left-padded batch."""
     model, _ = held_out.load()
-    inputs, settings = held_out.batch(held_out.prompts(8)), {"max_new_tokens": 32, "do_sample": False}
-    ours = ExtendedMind().generate(model, **inputs, **settings)
-    return Measurement(int((ours != model.generate(**inputs, **settings)).sum()), details={"tokens compared": 256})
+    inputs: dict[str, Any] = {**held_out.batch(held_out.prompts(8)), "max_new_tokens": 32, "do_sample": False}
+    ours = ExtendedMind().generate(model, **inputs)
+    return Measurement(int((ours != model.generate(**inputs)).sum()), details={"tokens compared": 256})
 
 
 def true_positions() -> Measurement:
@@ -95,7 +96,7 @@ def citations() -> Measurement:
         prompt = torch.tensor([ids[: max(4, len(ids) // 2)]])
         memories = memories_of(given)
         strategy = ExtendedMind(memories, top_memories=TOP, citations=len(memories))
-        settings = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+        settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
         strategy.generate(model, prompt, pad_token_id=tokenizer.pad_token_id, **settings)
         assert strategy.report is not None  # set by the call above
         weights = [0.0] * len(given.members)

@@ -24,7 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def encoded(given: FunctionSet, way: str) -> dict[str, torch.Tensor]:
+def encoded(given: FunctionSet, way: str) -> dict[str, Any]:
     """Return the tokens of a prompt, its functions being pieces or, for full attention, one piece."""
     inputs: dict[str, Any] = dict(given.prompt().encode(held_out.load()[1]))
     if way == "full attention":

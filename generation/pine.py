@@ -80,6 +80,7 @@ class PINE(AttendingPrompting):
                 for start, stop in members.spans:
                     position[row, start:stop] = torch.arange(end - stop + start, end, device=position.device)
         if self._attention is not None:
+            assert isinstance(self._attention, SortingAttention)
             self._attention.begin(prompt, aside)
             self._attention.position = position.long()
 

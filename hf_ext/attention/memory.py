@@ -141,7 +141,8 @@ class Memories:
         Returns:
             For each its `text`, `start` and `stop` in tokens of that text, its `ids` and its share of all `weight`.
         """
-        left, found = weights.clone(), []
+        left = weights.clone()
+        found: list[dict[str, Any]] = []
         total = float(weights.sum())
         while len(found) < most and float(left.max()) > 0:
             best = int(left.argmax())
