@@ -5,6 +5,9 @@ operator `hf_ext::attention`, which has gradients (see `attention_backward`) and
 `torch.compile(fullgraph=True)`.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -8,6 +8,9 @@ With p the weights and s the scores before the soft cap, all from the saved loga
 where `rows` is the sum of `do * out` in each row, less the gradient of the row's logarithm.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

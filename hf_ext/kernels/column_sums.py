@@ -5,6 +5,9 @@ A program owns some keys of one key head and adds up over queries and over the h
 order. Memory is that of the result.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

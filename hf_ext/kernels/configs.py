@@ -149,7 +149,7 @@ def device_class(index: int) -> str:
     Raises:
         RuntimeError: a device with less than either has.
     """
-    found = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    found = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)  # not on ROCm
     for kind, needed in SHARED.items():
         if found >= needed:
             return kind

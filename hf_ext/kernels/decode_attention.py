@@ -5,6 +5,9 @@ which leaves its result and the logarithm of its row sums, and a second kernel m
 heads, which share their keys, are worked on together. It has no gradient.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,6 +3,9 @@
 A program owns some keys of one key head, and adds up over the query heads of its group.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch

@@ -5,6 +5,9 @@ A kernel's file can be imported without Triton, for its reference; launching the
 exactly as they are written: this is how they are tested.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -3,6 +3,9 @@
 Each left its result and the logarithm of its row sums, to base 2. The whole is their mean, weighted by those sums.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch

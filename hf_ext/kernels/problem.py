@@ -53,7 +53,8 @@ class Visibility:
             unit: what an added mask is multiplied by, to have the unit of the kernel's scores.
             by_key: whether the kernel goes by blocks of keys and looks at queries.
         """
-        queries, keys, ancestors, *tables = self.tensors or [None] * 7
+        pieces: list[torch.Tensor | None] = [*self.tensors] or [None] * 7
+        queries, keys, ancestors, *tables = pieces
         indices, counts = tables[2:] if by_key else tables[:2]
         mask = self.mask
         added = mask is not None and mask.is_floating_point()

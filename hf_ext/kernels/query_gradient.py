@@ -1,5 +1,8 @@
 """The gradient of the query of attention; `attention_backward` says the formulas, and has the reference."""
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ Pairs come as rows and columns of either orientation, queries by keys or keys by
 query has one shape, `(queries, 1)` or `(1, queries)`, whatever belongs to a key the other.
 """
 
+# Triton gives kernels their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from hf_ext.kernels.language import jit, tl

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def test_every_kernel_gives_what_its_reference_gives_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted")]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # What another process of the same run sets up is not for this one.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
