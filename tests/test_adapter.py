@@ -101,7 +101,7 @@ def test_extend_kwargs() -> None:
 
 
 def test_lengthen_kwargs() -> None:
-    config, kwargs = prepared()
+    _, kwargs = prepared()
     with stands_on("GenerationMixin._update_model_kwargs_for_generation without outputs"):
         longer = adapter.lengthen_kwargs(tiny_models.shared("llama"), kwargs, 2)
         assert longer["attention_mask"].shape[1] == IDS.shape[1] + 2
@@ -559,31 +559,63 @@ def test_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny_models.DECODERS)
-def test_attention_configs_and_switch_attention(kind: str) -> None:
-    with stands_on("_attn_implementation_internal, looked up by every attention layer"):
+def test_attention_configs(kind: str) -> None:
+    with stands_on("the configs that attention modules look into"):
         model = tiny_models.build(kind)
         [config] = adapter.attention_configs(model)
-        assert adapter.attention_of(config) == "sdpa"
-        own = {m: adapter.attention_function("sdpa", m) for m in model.modules() if hasattr(m, "layer_idx")}
-        calls: list[Any] = []
+        layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "config")]
+        assert len(layers) >= 2
+        assert all(layer.config is config for layer in layers)
+    with pytest.raises(ValueError, match="OpenAIGPT"):
+        adapter.attention_configs(tiny_models.shared("openai-gpt"))
+
+
+def test_attention_of() -> None:
+    with stands_on("_attn_implementation"):
+        for name in ("sdpa", "eager"):
+            assert adapter.attention_of(tiny_models.build("llama", attn_implementation=name).config) == name
+
+
+@pytest.mark.parametrize("kind", tiny_models.DECODERS)
+def test_switch_attention(kind: str) -> None:
+    with stands_on("_attn_implementation_internal, looked up by every attention layer"):
+        model, calls = tiny_models.build(kind), []
 
         def spy(module: Any, *args: Any, **kwargs: Any) -> Any:
             calls.append(module)
-            return own[module](module, *args, **kwargs)
+            return adapter.attention_function("sdpa", module)(module, *args, **kwargs)
 
         adapter.register_attention_like("canary_of_the_adapter", spy, "sdpa")
         expected = model(IDS).logits
-        adapter.switch_attention(config, "canary_of_the_adapter")
+        adapter.switch_attention(model.config, "canary_of_the_adapter")
         assert torch.equal(model(IDS).logits, expected)
         assert len(calls) == 2, f"{kind}: {len(calls)} of 2 layers asked for the attention that its config names"
-        adapter.switch_attention(config, "eager")
-        eager = adapter.attention_function("eager", calls[0])
-        assert eager.__name__ == "eager_attention_forward"
+        adapter.switch_attention(model.config, "eager")
         assert (model(IDS).logits - expected).abs().max() < 1e-4
-    with pytest.raises(ValueError, match="OpenAIGPT"):
-        adapter.attention_configs(tiny_models.shared("openai-gpt"))
+
+
+@pytest.mark.parametrize("kind", tiny_models.DECODERS)
+def test_attention_function(kind: str) -> None:
+    with stands_on("AttentionInterface, and eager_attention_forward beside the attention modules"):
+        layer = next(module for module in tiny_models.shared(kind).modules() if hasattr(module, "layer_idx"))
+        assert adapter.attention_function("eager", layer).__name__ == "eager_attention_forward"
+        assert adapter.attention_function("sdpa", layer).__name__ == "sdpa_attention_forward"
     with pytest.raises(ValueError, match="found no eager"):
         adapter.attention_function("eager", torch.nn.Linear(1, 1))
+
+
+def test_register_attention_like() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    with stands_on("AttentionInterface.register and AttentionMaskInterface.register"):
+
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+        for own in ("sdpa", "eager"):
+            adapter.register_attention_like(f"canary_like_{own}", attend, own)
+            assert AttentionInterface()[f"canary_like_{own}"] is attend
+            assert AttentionMaskInterface()[f"canary_like_{own}"] is AttentionMaskInterface()[own]
 
 
 def test_attention_mappings() -> None:
