@@ -9,6 +9,8 @@ from hf_ext.lazy import lazy_attributes
 if TYPE_CHECKING:
     from hf_ext.generation.aded import ADED as ADED
     from hf_ext.generation.banditspec import BanditSpec as BanditSpec
+    from hf_ext.generation.bitune import Bitune as Bitune
+    from hf_ext.generation.bitune_model import BituneModel as BituneModel
     from hf_ext.generation.cautious import CautiousDecoding as CautiousDecoding
     from hf_ext.generation.contrastive_search import ContrastiveSearch as ContrastiveSearch
     from hf_ext.generation.draft_and_verify import DraftAndVerify as DraftAndVerify
@@ -50,6 +52,8 @@ __getattr__, __all__ = lazy_attributes(
     {
         "ADED": "aded",
         "BanditSpec": "banditspec",
+        "Bitune": "bitune",
+        "BituneModel": "bitune_model",
         "CautiousDecoding": "cautious",
         "ContrastiveSearch": "contrastive_search",
         "DecodeReport": "report",

@@ -278,4 +278,16 @@ PLUGINS = (
         claims="hf_ext.claims.prefix_lm:CLAIMS",
         example="model.generate(**inputs, custom_generate=PrefixLM())",
     ),
+    Plugin(
+        name="bitune",
+        kind="strategy",
+        summary="The prompt is read causally and in both directions, by two adapters whose caches are mixed by trained "
+        "coefficients; with the PEFT model that the stock Trainer trains so.",
+        target="hf_ext.generation.bitune:Bitune",
+        paper="Bitune: Leveraging Bidirectional Attention to Improve Decoder-Only LLMs (arXiv:2405.14862)",
+        covers=("bitune",),
+        claims="hf_ext.claims.bitune:CLAIMS",
+        example="model = BituneModel.from_pretrained(model, 'path/of/the/adapters')\n"
+        "model.generate(**inputs, custom_generate=Bitune())",
+    ),
 )
