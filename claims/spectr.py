@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -59,7 +60,8 @@ def one_sequence() -> Measurement:
     model, _ = held_out.load()
     inputs = held_out.batch(held_out.prompts(8))
     # A prompt that may be read in pieces is read before the first draft, by both.
-    settings = {"do_sample": True, "max_new_tokens": 48, "min_new_tokens": 48, "prefill_chunk_size": 4096}
+    length = {"max_new_tokens": 48, "min_new_tokens": 48}
+    settings: dict[str, Any] = {"do_sample": True, **length, "prefill_chunk_size": 4096}
     texts = []
     with torch.random.fork_rng(devices=[]):
         for strategy in (ours(1), draft_trees.chain(TOKENS)):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext import adapter
+from hf_ext.attention.packed import is_packed, unpack
 
 #: What an attention function returns: `(batch, queries, heads, width)`, and the probabilities or None.
 Attended = tuple[Tensor, Tensor | None]
@@ -109,6 +110,8 @@ def visible(mask: Any, query: Tensor, key: Tensor, causal: bool = True) -> Tenso
     if isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or mask.dtype == torch.bool):
         mask = mask[..., :keys]
         return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if isinstance(mask, Tensor) and is_packed(mask):
+        return unpack(mask, queries, keys).dense()
     raise ValueError(
         f"the model's attention takes a {type(mask).__name__} as mask, not a tensor of queries and keys; load "
         "it with attn_implementation='sdpa' or 'eager'"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -41,6 +43,23 @@ def kernels(mode: Literal["auto", "always", "never"]) -> Iterator[None]:
 def runs_kernels(device: torch.device | str) -> bool:
     """Tell whether attention on a device runs the Triton kernels."""
     if _mode == "auto":
-        kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-        return HAS_TRITON and kind == "cuda"
+        place = device if isinstance(device, torch.device) else torch.device(device)
+        return HAS_TRITON and place.type == "cuda" and _has_room(place.index)
     return _mode == "always"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_room(index: int | None) -> bool:
+    """Tell whether a GPU is one that the kernels have configurations for; say once where it is not."""
+    from hf_ext.kernels import configs
+
+    index = torch.cuda.current_device() if index is None else index
+    if configs.has_room(index):
+        return True
+    warnings.warn(
+        f"attn_implementation='hf_ext' runs as 'sdpa' on {torch.cuda.get_device_name(index)}: the kernels need "
+        f"{min(configs.SHARED.values())} bytes of shared memory",
+        stacklevel=3,
+    )
+    return False

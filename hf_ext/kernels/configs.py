@@ -142,6 +142,15 @@ def entry(kind: str, operation: str, width: int, size: int) -> Config:
     return TABLE[kind][operation, next(known for known in WIDTHS if width <= known), size]
 
 
+def has_room(index: int) -> bool:
+    """Tell whether a device has the shared memory that the configurations need."""
+    return _shared_memory(index) >= min(SHARED.values())
+
+
+def _shared_memory(index: int) -> int:
+    return getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)  # not on ROCm
+
+
 @cache
 def device_class(index: int) -> str:
     """Return "hopper" or "ampere", by what a program may have of shared memory.
@@ -149,7 +158,7 @@ def device_class(index: int) -> str:
     Raises:
         RuntimeError: a device with less than either has.
     """
-    found = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)  # not on ROCm
+    found = _shared_memory(index)
     for kind, needed in SHARED.items():
         if found >= needed:
             return kind
