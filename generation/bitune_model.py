@@ -27,7 +27,7 @@ FILE = "bitune.safetensors"
 class BituneModel(PeftModelForCausalLM):
     """A frozen model with two adapters, a causal and a bidirectional one, and coefficients that mix what they read.
 
-    Train it with the stock Trainer (or TRL's SFTTrainer), on rows whose prompts have the label -100:
+    Train it with the stock Trainer on rows whose prompts have the label -100:
     `Trainer(BituneModel(model, LoraConfig(...)), args, train_dataset=rows)`. A call with labels takes what
     stands before a row's first label as its prompt and reads it as `Bitune` does; evaluation, too. Loss and
     gradients do not depend on padding (on either side) nor on how a batch is split by accumulation.
