@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux only")
+
 
 def test_models_through_the_kernels_are_what_eager_attention_says() -> None:
     script = Path(__file__).with_name("kernel_path.py")

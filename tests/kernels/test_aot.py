@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hf_ext.kernels.aot import ARCHITECTURES, DTYPES, Case, cases, compile_case,
 from hf_ext.kernels.launches import launch
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/attention_aot.json"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux only")
 
 
 @pytest.mark.parametrize(
