@@ -109,6 +109,8 @@ class StructuredPrompting(DecodingStrategy):
     def decode(self, run: DecodingRun) -> None:
         """Read the prompt by its structure and go on with `decode_with`."""
         name, inner = type(self).__name__, self.decode_with or PlainDecoding()
+        if not isinstance(inner, DecodingStrategy):
+            raise ValueError(f"{name}: decode_with must be a strategy, such as ContrastiveSearch(), got {inner!r}")
         check_call(run, name)
         if run.config.do_sample and not inner.samples:
             raise ValueError(f"{type(inner).__name__} is deterministic; call generate with do_sample=False")

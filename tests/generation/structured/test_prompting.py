@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_ext.attention import AttentionStructure
-from hf_ext.generation import ContrastiveSearch, PromptLookup, SpeculativeDecoding
+from hf_ext.generation import ContrastiveSearch, PromptLookup, SetBasedPrompting, SpeculativeDecoding
 from hf_ext.generation.structured.prompting import StructuredPrompting
 from hf_ext.testing import structured, tiny_models
 from hf_ext.testing.strategy_base import close, refusal, same_tokens
@@ -198,3 +198,10 @@ def test_the_reference_sees_what_the_structure_says():
     _, without = structured.uncached(model, Causal(), inputs, 1)
     assert (with_sets[:2] - without[:2]).abs().amax(-1).amax(-1).min() > 1e-2
     close(with_sets[2], without[2], "a row without sets")
+
+
+def test_what_is_no_strategy_is_refused_as_a_way_to_go_on():
+    model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+    strategy = SetBasedPrompting(decode_with="greedy")
+    with pytest.raises(ValueError, match=r"decode_with must be a strategy, .* got 'greedy'"):
+        strategy.generate(model, ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
