@@ -39,6 +39,32 @@ def merge_reference(
     return (weights[..., None] * parts).sum(-2), lse
 
 
+def merge_two(
+    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention over two sets of keys, given attention over each; in plain torch, on any device.
+
+    Args:
+        out: `(..., width)` results over the first keys.
+        lse: `(...)` natural logarithms of row sums, minus infinity where nothing was seen.
+        other_out: over the other keys.
+        other_lse: see `lse`.
+
+    Returns:
+        The result in the dtype of `out`, computed in float32 at least, and the logarithm of the row sums of both.
+
+    Example:
+        >>> first, second = torch.tensor([[1.0]]), torch.tensor([[4.0]])
+        >>> out, lse = merge_two(first, torch.tensor([1.0]).log(), second, torch.tensor([2.0]).log())
+        >>> out, lse.exp()
+        (tensor([[3.]]), tensor([3.]))
+    """
+    whole = torch.logaddexp(lse, other_lse)
+    base = whole.masked_fill(whole.isneginf(), 0)
+    weight, other_weight = (lse - base).exp()[..., None], (other_lse - base).exp()[..., None]
+    return (out * weight + other_out * other_weight).to(out.dtype), whole
+
+
 @jit(lengths=("query_count", "splits"))
 def _merge(
     PARTS, PART_LSE, SINKS, OUT, LSE, out_batch, out_head, out_row, query_count, splits,
