@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hf_ext.kernels import configs
+from hf_ext.kernels import cache_launches, configs
 from hf_ext.kernels.language import Launch, triton
 from hf_ext.kernels.launches import launch
 
@@ -37,10 +37,11 @@ class Case:
 
     Args:
         kind: class of devices.
-        operation: one of `configs.OPERATIONS`.
+        operation: one of `configs.OPERATIONS` or `configs.CACHE_OPERATIONS`.
         width: of a head.
         dtype: of the inputs.
-        variant: "causal" with a window and a soft cap besides, or "structure" with groups, window and tree.
+        variant: "causal" with a window and a soft cap besides, or "structure" with groups, window and tree; for
+            operations of caches one of `cache_launches.VARIANTS`.
     """
 
     kind: str
@@ -69,10 +70,20 @@ def cases() -> Iterator[Case]:
                 for dtype, variants in (("bfloat16", VARIANTS), ("float32", VARIANTS[1:])):
                     for variant in VARIANTS[:1] if operation == "row_products" else variants:
                         yield Case(kind, operation, width, dtype, variant)
+        for operation in configs.CACHE_OPERATIONS:
+            for width in configs.WIDTHS:
+                for dtype in ("bfloat16", "float32"):
+                    variants = cache_launches.VARIANTS[operation]
+                    for variant in variants if dtype == "bfloat16" else variants[-1:]:
+                        yield Case(kind, operation, width, dtype, variant)
 
 
 def case_launch(case: Case, keys: int = 2048) -> Launch:
     """Return the launch of a case over tensors without memory."""
+    if case.operation in configs.CACHE_OPERATIONS:
+        return cache_launches.launch(
+            case.operation, case.width, DTYPES[case.dtype], case.kind, case.variant, tokens=keys
+        )
     return launch(
         case.operation, case.width, DTYPES[case.dtype], case.kind, structured=case.variant == "structure",
         keys=keys,

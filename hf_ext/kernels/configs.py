@@ -40,6 +40,8 @@ OPERATIONS = (
     "forward", "forward_few", "row_products", "query_gradient", "key_value_gradient", "decode", "decode_many",
     "column_sums",
 )  # fmt: skip
+#: Operations of caches. One program has 16 queries at most: those of a group of heads that decode one token, mostly.
+CACHE_OPERATIONS = ("compact", "ragged", "packed", "merge_entries")
 WIDTHS = (64, 128, 256)
 
 # (operation, width of a head up to, bytes of a number): queries, keys, warps, stages
@@ -92,6 +94,33 @@ _HOPPER = {
     ("column_sums", 64, 4): Config(32, 32, 8, 1),
     ("column_sums", 128, 4): Config(16, 32, 8, 1),
     ("column_sums", 256, 4): Config(16, 16, 8, 1),
+    # Entries are moved: of 4 to 16 KB each.
+    ("compact", 64, 2): Config(1, 64, 4, 1),
+    ("compact", 128, 2): Config(1, 32, 4, 1),
+    ("compact", 256, 2): Config(1, 16, 4, 1),
+    ("compact", 64, 4): Config(1, 32, 4, 1),
+    ("compact", 128, 4): Config(1, 16, 4, 1),
+    ("compact", 256, 4): Config(1, 16, 4, 1),
+    ("ragged", 64, 2): Config(16, 64, 4, 3),
+    ("ragged", 128, 2): Config(16, 64, 4, 3),
+    ("ragged", 256, 2): Config(16, 32, 4, 3),
+    ("ragged", 64, 4): Config(16, 32, 4, 1),
+    ("ragged", 128, 4): Config(16, 16, 4, 1),
+    ("ragged", 256, 4): Config(16, 16, 8, 1),
+    # Groups of tokens are mostly of 32: blocks that divide them have one scale a channel.
+    ("packed", 64, 2): Config(16, 32, 4, 2),
+    ("packed", 128, 2): Config(16, 32, 4, 2),
+    ("packed", 256, 2): Config(16, 32, 8, 2),
+    ("packed", 64, 4): Config(16, 32, 4, 1),
+    ("packed", 128, 4): Config(16, 16, 4, 1),
+    ("packed", 256, 4): Config(16, 16, 8, 1),
+    # Of merged entries, "queries" are sets.
+    ("merge_entries", 64, 2): Config(16, 32, 4, 1),
+    ("merge_entries", 128, 2): Config(16, 16, 4, 1),
+    ("merge_entries", 256, 2): Config(16, 16, 8, 1),
+    ("merge_entries", 64, 4): Config(16, 32, 4, 1),
+    ("merge_entries", 128, 4): Config(16, 16, 4, 1),
+    ("merge_entries", 256, 4): Config(16, 16, 8, 1),
 }
 _AMPERE = _HOPPER | {
     ("forward", 64, 2): Config(128, 64, 8, 3),
@@ -118,7 +147,7 @@ def choose(operation: str, width: int, dtype: torch.dtype, device: torch.device,
     """Return what a kernel works on at a time.
 
     Args:
-        operation: one of `OPERATIONS`, but for "forward_few" and "decode_many".
+        operation: one of `OPERATIONS`, but for "forward_few" and "decode_many", or of `CACHE_OPERATIONS`.
         width: of a head, the greater of key and value.
         dtype: of query, key and value.
         device: where they are.

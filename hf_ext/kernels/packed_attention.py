@@ -4,17 +4,77 @@ All queries see all packed entries, which are older than any of them, but for th
 attends to its recent entries, which are not packed, on its own; `merge.merge_two` makes one result of both.
 """
 
-# Triton gives kernels their types.
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from hf_ext.kernels import configs
+from hf_ext.kernels.decode_attention import count_splits
+from hf_ext.kernels.language import cdiv, check_device
+from hf_ext.kernels.merge import launch_merge
+from hf_ext.kernels.packed_kernel import launch_packed
 from hf_ext.kernels.packing import check_bits, dequantise_keys, dequantise_values
+from hf_ext.kernels.problem import DTYPES
+from hf_ext.kernels.scores import adjacent
 
 #: Tokens that are dequantised at a time on a CPU: what fits into its caches.
 BLOCK = 1024
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_scale: torch.Tensor,
+    key_zero: torch.Tensor,
+    value_codes: torch.Tensor,
+    value_scale: torch.Tensor,
+    value_zero: torch.Tensor,
+    *,
+    bits: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    visible: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention over packed keys and values, and the logarithm of the row sums.
+
+    What is read is what is packed: dequantised numbers never lie in memory. There is no gradient.
+
+    Args:
+        query: `(rows, heads, queries, width)`, float16, bfloat16 or float32, width up to 256.
+        key_codes: uint8 `(rows, key heads, tokens, width * bits / 8)`; heads are a multiple of key heads.
+        key_scale: `(rows, key heads, tokens / group, width)`, of a group of tokens.
+        key_zero: the same for the least numbers.
+        value_codes: uint8 `(rows, key heads, tokens, value width * bits / 8)`.
+        value_scale: `(rows, key heads, tokens, value width / group)`, of a group of channels.
+        value_zero: the same for the least numbers.
+        bits: of a code: 2, 4 or 8.
+        scale: of the products of query and key; `width ** -0.5` by default.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        visible: bool `(rows, key heads, tokens)`, which entries are seen; without it all are.
+        bias: `(rows, key heads, tokens)`, added to the scores of each entry.
+
+    Returns:
+        `(rows, heads, queries, value width)` in the dtype of the query, and float32 `(rows, heads, queries)`. A row
+        that sees nothing is 0, and minus infinity.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not go together.
+        RuntimeError: no GPU, or no Triton.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    packed = (key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
+    _check(query, packed, bits, scale, softcap, visible, bias)
+    widest = max(query.shape[-1], value_codes.shape[-1] * 8 // bits)
+    if query.dtype not in DTYPES or widest > configs.WIDTHS[-1]:
+        raise ValueError(
+            f"the kernel takes {', '.join(map(str, DTYPES))} and heads up to a width of {configs.WIDTHS[-1]}, got "
+            f"{query.dtype} and {widest}: use packed_attention_torch"
+        )
+    return torch.ops.hf_ext.packed_attention(query, packed, visible, bias, bits, scale, softcap or 0.0)
 
 
 def packed_attention_reference(
@@ -180,3 +240,48 @@ def _check(
         raise ValueError(f"scale must be greater than 0, got {scale}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be greater than 0, or None, got {softcap}")
+
+
+def _run(
+    query: torch.Tensor, packed: Sequence[torch.Tensor], visible: torch.Tensor | None, bias: torch.Tensor | None,
+    bits: int, scale: float, softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    check_device(query.device)
+    query, packed = adjacent(query), [adjacent(tensor) for tensor in packed]
+    out, lse = _results(query, packed, bits)
+    rows, heads, queries, width = query.shape
+    key_heads, tokens = packed[0].shape[1:3]
+    lines = heads // key_heads * queries
+    config = configs.choose("packed", max(width, out.shape[-1]), query.dtype, query.device, lines)
+    splits = count_splits(rows * key_heads * cdiv(lines, config.queries), tokens, config.keys, query.device)
+    parts = query.new_empty(rows, heads, queries, splits, out.shape[-1], dtype=torch.float32)
+    part_lse = query.new_empty(rows, heads, queries, splits, dtype=torch.float32)
+    visible = None if visible is None else adjacent(visible.view(torch.uint8))
+    bias = None if bias is None else adjacent(bias)
+    launch_packed(query, packed, visible, bias, parts, part_lse, bits, scale, softcap, config)()
+    launch_merge(parts, part_lse, None, out, lse)()
+    return out, lse
+
+
+def _results(query: torch.Tensor, packed: Sequence[torch.Tensor], bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return room for the results; heads of a token lie side by side, as models go on with them."""
+    rows, heads, queries, _ = query.shape
+    out = query.new_empty(rows, queries, heads, packed[3].shape[-1] * 8 // bits).transpose(1, 2)
+    return out, query.new_empty(rows, heads, queries, dtype=torch.float32)
+
+
+_operator = torch.library.custom_op(
+    "hf_ext::packed_attention",
+    _run,
+    mutates_args=(),
+    schema="(Tensor query, Tensor[] packed, Tensor? visible, Tensor? bias, int bits, float scale, float softcap) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@_operator.register_fake
+def _(
+    query: torch.Tensor, packed: Sequence[torch.Tensor], visible: torch.Tensor | None, bias: torch.Tensor | None,
+    bits: int, *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _results(query, packed, bits)

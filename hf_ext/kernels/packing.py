@@ -6,8 +6,7 @@ quantised token by token, in groups of channels. A group's codes count steps fro
 `zero + code * scale`.
 
 Several codes share a byte. Byte `b` of a token holds the channels `b`, `b + bytes`, `b + 2 * bytes` and so on, from its
-lowest bits up: what one shift takes out of a row of bytes is a run of
-neighbouring channels.
+lowest bits up: what one shift takes out of a row of bytes is a run of neighbouring channels.
 """
 
 from __future__ import annotations

@@ -9,7 +9,60 @@ its length. Nothing is padded: a head that keeps a tenth takes a tenth of the me
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from hf_ext.kernels import configs
+from hf_ext.kernels.decode_attention import count_splits
+from hf_ext.kernels.language import Launch, cdiv, check_device, jit, load_rows, power_of_two, product, tl
+from hf_ext.kernels.merge import launch_merge
+from hf_ext.kernels.problem import check_kernel
+from hf_ext.kernels.scores import adjacent, tanh, units
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention of each row's heads over their own entries, and the logarithm of the row sums.
+
+    The last entries of a segment are the queries' own: the last query sees all entries, the one before all but the
+    last, and so on. Each segment is split among as many programs as any other, so the longest one decides. There is
+    no gradient.
+
+    Args:
+        query: `(rows, heads, queries, width)`, float16, bfloat16 or float32, width up to 256.
+        keys: `(slots, width)`, entries of all rows and key heads.
+        values: `(slots, value width)`.
+        starts: `(rows, key heads)` int32 or int64, where the entries of each begin; heads are a multiple of key heads,
+            and go by groups side by side.
+        lengths: `(rows, key heads)`, how many there are.
+        scale: of the products of query and key; `width ** -0.5` by default.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        sinks: `(heads,)` scores that take part in each row's softmax without a value.
+        bias: `(slots,)` added to the scores of each entry: the logarithm of how many entries were merged into it.
+
+    Returns:
+        `(rows, heads, queries, value width)` in the dtype of the query, and float32 `(rows, heads, queries)`. A query
+        that sees nothing is 0, and minus infinity (or its sink).
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not go together.
+        RuntimeError: no GPU, or no Triton.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    _check(query, keys, values, starts, lengths, scale, softcap, sinks, bias)
+    check_kernel(query, values)
+    return torch.ops.hf_ext.ragged_attention(query, keys, values, starts, lengths, sinks, bias, scale, softcap or 0.0)
 
 
 def ragged_attention_reference(
@@ -145,3 +198,125 @@ def _check(
         raise ValueError(f"scale must be greater than 0, got {scale}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be greater than 0, or None, got {softcap}")
+
+
+@jit(lengths=("query_count", "splits"))
+def _ragged(
+    Q, K, V, STARTS, LENGTHS, BIAS, PARTS, PART_LSE, q_batch, q_head, q_row, k_row, v_row, query_count, multiplier,
+    inner, bias_unit, splits, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    tiles = tl.cdiv(GROUP * query_count, BLOCK_M)
+    key_head = tl.program_id(1) // tiles
+    key_heads = tl.num_programs(1) // tiles
+    batch = tl.program_id(2).to(tl.int64)
+    # A row is a query of a head: all queries of the group's first head, then those of the next.
+    row = (tl.program_id(1) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = row < GROUP * query_count
+    head = (key_head * GROUP + row // query_count).to(tl.int64)
+    place = row % query_count
+    segment = batch * key_heads + key_head
+    first = tl.load(STARTS + segment).to(tl.int64)
+    length = tl.load(LENGTHS + segment).to(tl.int32)
+    # From here on a query sees nothing.
+    reach = (length - (query_count - 1) + place)[:, None]
+    column = tl.arange(0, PADDED_D)[None, :]
+    at = Q + (batch * q_batch + head * q_head + place.to(tl.int64) * q_row)[:, None] + column
+    q = tl.load(at, mask=there[:, None] & (column < D), other=0.0)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, PADDED_DV), tl.float32)
+    blocks = tl.cdiv(length, BLOCK_N)
+    each = tl.cdiv(blocks, splits)
+    for step in range(split * each, tl.minimum((split + 1) * each, blocks)):
+        begin = step * BLOCK_N
+        key_at = begin + tl.arange(0, BLOCK_N)[None, :]
+        k = load_rows(K + (first + begin) * k_row, k_row, length - begin, BLOCK_N, D, PADDED_D, False)
+        v = load_rows(V + (first + begin) * v_row, v_row, length - begin, BLOCK_N, DV, PADDED_DV, False)
+        scores = product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        if SOFTCAP:
+            scores = tanh(scores * inner)
+        if BIAS is not None:
+            scores += tl.load(BIAS + first + key_at, mask=key_at < length, other=0.0).to(tl.float32) * bias_unit
+        scores = tl.where(key_at < reach, scores, float("-inf")) * multiplier
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # The top of a row that has seen nothing yet is minus infinity, which would subtract to NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = product(weights.to(v.dtype), v, acc * shrink[:, None])
+        top = new_top
+    line = ((batch * key_heads * GROUP + head) * query_count + place) * splits + split
+    column = tl.arange(0, PADDED_DV)[None, :]
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(PARTS + line[:, None] * DV + column, acc, mask=there[:, None] & (column < DV))
+    tl.store(PART_LSE + line, tl.where(total > 0, top + tl.log2(total), float("-inf")), mask=there)
+
+
+def launch_ragged(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor,
+    bias: torch.Tensor | None, parts: torch.Tensor, part_lse: torch.Tensor, scale: float, softcap: float,
+    config: configs.Config,
+) -> Launch:  # fmt: skip
+    """Return the launch of the kernel whose programs see a split of a segment each."""
+    rows, heads, queries, width = query.shape
+    key_heads = starts.shape[1]
+    inner, multiplier = units(scale, softcap or None)
+    splits = part_lse.shape[-1]
+    arguments = {
+        "Q": query, "K": keys, "V": values, "STARTS": starts, "LENGTHS": lengths, "BIAS": bias, "PARTS": parts,
+        "PART_LSE": part_lse, "q_batch": query.stride(0), "q_head": query.stride(1), "q_row": query.stride(2),
+        "k_row": keys.stride(0), "v_row": values.stride(0), "query_count": queries, "multiplier": multiplier,
+        "inner": inner, "bias_unit": 1.4426950408889634 / multiplier, "splits": splits, "SOFTCAP": softcap > 0,
+        "GROUP": heads // key_heads, "D": width, "DV": values.shape[-1], "PADDED_D": power_of_two(width),
+        "PADDED_DV": power_of_two(values.shape[-1]), "BLOCK_M": config.queries, "BLOCK_N": config.keys,
+    }  # fmt: skip
+    tiles = cdiv(heads // key_heads * queries, config.queries)
+    return Launch(_ragged, (splits, tiles * key_heads, rows), arguments, config)
+
+
+def _run(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor,
+    sinks: torch.Tensor | None, bias: torch.Tensor | None, scale: float, softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    check_device(query.device)
+    query, keys, values = adjacent(query), adjacent(keys), adjacent(values)
+    out, lse = _results(query, values)
+    rows, heads, queries, width = query.shape
+    segments = max(starts.numel(), 1)
+    lines = heads // starts.shape[1] * queries
+    config = configs.choose("ragged", max(width, values.shape[-1]), query.dtype, query.device, lines)
+    # How long the longest segment is, only the device knows: twice the mean is a guess that costs little.
+    longest = 2 * cdiv(len(keys), segments)
+    splits = count_splits(segments * cdiv(lines, config.queries), longest, config.keys, query.device)
+    parts = query.new_empty(rows, heads, queries, splits, values.shape[-1], dtype=torch.float32)
+    part_lse = query.new_empty(rows, heads, queries, splits, dtype=torch.float32)
+    bias = None if bias is None else bias.contiguous()
+    launch_ragged(
+        query, keys, values, starts.contiguous(), lengths.contiguous(), bias, parts, part_lse, scale, softcap, config
+    )()
+    launch_merge(parts, part_lse, sinks, out, lse)()
+    return out, lse
+
+
+def _results(query: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return room for the results; heads of a token lie side by side, as models go on with them."""
+    rows, heads, queries, _ = query.shape
+    out = query.new_empty(rows, queries, heads, values.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(rows, heads, queries, dtype=torch.float32)
+
+
+_operator = torch.library.custom_op(
+    "hf_ext::ragged_attention",
+    _run,
+    mutates_args=(),
+    schema="(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor lengths, Tensor? sinks, Tensor? bias, "
+    "float scale, float softcap) -> (Tensor, Tensor)",
+)
+
+
+@_operator.register_fake
+def _(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _results(query, values)
