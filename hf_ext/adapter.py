@@ -6,8 +6,10 @@ when a transformers release moves one of them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -370,7 +372,7 @@ def row_addressing_problem(cache: Any) -> str | None:
     )  # fmt: skip
     for layer in cache.layers:
         if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin):
-            return f"layer {type(layer).__name__} keeps a recurrent state, which cannot forget rejected tokens"
+            return f"layer {type(layer).__name__} keeps a recurrent state"
         if type(layer) not in known:
             return f"it has a {type(layer).__name__}, whose tokens are not plain tensors"
     return None
@@ -672,3 +674,99 @@ def masks_like(name: str, others: Iterable[str]) -> str | None:
     masks = attention_mappings()[1]
     own = masks.get(name)
     return next((other for other in others if own is not None and masks.get(other) is own), None)
+
+
+def first_inputs(model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the forward arguments for a prompt, before anything is cached (`is_first_iteration`)."""
+    return model.prepare_inputs_for_generation(
+        input_ids, next_sequence_length=input_ids.shape[1], is_first_iteration=True, **model_kwargs
+    )
+
+
+def states_of(model_kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the caches and recurrent states among forward arguments, whatever the model calls them.
+
+    Stands on `ALL_CACHE_NAMES` of `transformers.generation.utils`.
+    """
+    from transformers.generation.utils import ALL_CACHE_NAMES
+
+    return [model_kwargs[name] for name in ALL_CACHE_NAMES if model_kwargs.get(name) is not None]
+
+
+def is_user_state(state: Any) -> bool:
+    """Tell whether the caller passed a cache or state in: `generate` itself makes no states, and marks others' caches."""
+    from transformers import Cache
+
+    return state is not None and (not isinstance(state, Cache) or is_user_cache(state))
+
+
+def compression_problem(layers: Iterable[Any]) -> str | None:
+    """Say why the layers of a cache cannot be compressed, or None where they can.
+
+    Stands on the layer classes of `transformers.cache_utils`.
+    """
+    from transformers import cache_utils
+
+    plain = (
+        cache_utils.DynamicLayer,
+        cache_utils.DynamicSlidingWindowLayer,
+        getattr(cache_utils, "DummyLayer", cache_utils.DynamicLayer),
+    )
+    found = list(layers)
+    if not found:
+        return "its config does not say how many layers it has"
+    for layer in found:
+        if type(layer) not in plain:
+            return f"it has a {type(layer).__name__}, which is no list of keys and values"
+    return None
+
+
+def is_empty_layer(layer: Any) -> bool:
+    """Tell whether a cache layer never holds anything, because its model's layer uses those of another one."""
+    from transformers import cache_utils
+
+    kind = getattr(cache_utils, "DummyLayer", None)
+    return kind is not None and type(layer) is kind
+
+
+def tensors_of_layer(layer: Any) -> list[torch.Tensor]:
+    """Return keys and values that a stock dynamic layer holds."""
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def recomputing_under(model: torch.nn.Module, context: Callable[[], Any]) -> Iterator[None]:
+    """Let layers that gradient checkpointing wraps in this block be recomputed under a context of their own.
+
+    Stands on `_gradient_checkpointing_func`, which the layers call with what to run, and on its options being those of
+    `torch.utils.checkpoint.checkpoint`.
+
+    Args:
+        model: some of whose layers may be checkpointed.
+        context: makes a context manager, which is entered each time that the backward pass runs a layer again.
+    """
+    name = "_gradient_checkpointing_func"
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and hasattr(m, name)]
+    had = [getattr(layer, name) for layer in layers]
+    for layer, function in zip(layers, had, strict=True):
+        again = functools.partial(function, context_fn=lambda: (contextlib.nullcontext(), context()))
+        setattr(layer, name, again)
+    try:
+        yield
+    finally:
+        for layer, function in zip(layers, had, strict=True):
+            setattr(layer, name, function)
+
+
+def cached_tokens(cache: Cache | None) -> int:
+    """Return how many tokens a cache holds; 0 where it has nothing but recurrent states, which count none.
+
+    `Cache.get_seq_length` raises there.
+    """
+    from transformers import cache_utils
+
+    if isinstance(cache, cache_utils.Cache) and cache.layers:
+        if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in cache.layers):
+            return 0
+    return 0 if cache is None else int(cache.get_seq_length())

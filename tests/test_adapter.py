@@ -25,7 +25,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StaticCache,
 )
-from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_ext import adapter
@@ -724,3 +724,91 @@ def test_masks_like() -> None:
         adapter.register_attention_like("canary_of_masks", adapter.sdpa_attention, "sdpa")
         assert adapter.masks_like("canary_of_masks", ["eager", "sdpa"]) == "sdpa"
         assert adapter.masks_like("no_such_attention", ["eager", "sdpa"]) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_first_inputs(kind: str) -> None:
+    model = tiny_models.shared(kind)
+    with stands_on("is_first_iteration of prepare_inputs_for_generation"):
+        _, kwargs = prepared(kind)
+        ours = model(**adapter.first_inputs(model, IDS, {**kwargs, "attention_mask": MASK})).logits[:, -1]
+        expected = model.generate(
+            IDS, attention_mask=MASK, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+        )
+        worst = (ours - expected.logits[0]).abs().max().item()
+        assert worst < 1e-4, f"the largest difference of a logit from those of generate is {worst:.3g}"
+
+
+def test_states_of() -> None:
+    with stands_on("transformers.generation.utils.ALL_CACHE_NAMES"):
+        for kind, name in (("llama", "past_key_values"), ("mamba", "cache_params")):
+            model = tiny_models.shared(kind)
+            kwargs = adapter.extend_kwargs(model, model(IDS, use_cache=True), {"past_key_values": None, "x": 1})
+            [state] = adapter.states_of(kwargs)
+            assert state is kwargs[name]
+        assert adapter.states_of({"attention_mask": MASK}) == []
+
+
+def test_is_user_state() -> None:
+    with stands_on("what generate makes and marks"):
+        for kind in ("llama", "mamba"):
+            [state] = adapter.states_of(prepared(kind)[1])
+            assert not adapter.is_user_state(state)
+        given = adapter.empty_cache(tiny_models.shared("mamba"))
+        [state] = adapter.states_of(prepared("mamba", cache_params=given)[1])
+        assert state is given
+        assert adapter.is_user_state(state)
+        assert adapter.is_user_state([torch.zeros(1)]), "the state of a model that has no Cache"
+        assert not adapter.is_user_state(None)
+
+
+def test_cached_tokens() -> None:
+    with stands_on("get_seq_length of caches"):
+        assert adapter.cached_tokens(None) == 0
+        assert adapter.cached_tokens(DynamicCache()) == 0
+        assert adapter.cached_tokens(filled("llama")) == filled("llama").get_seq_length() > 0
+        model = tiny_models.shared("mamba")
+        assert adapter.cached_tokens(model(IDS, use_cache=True).cache_params) == 0
+        with pytest.raises(ValueError, match="get_seq_length"):
+            model(IDS, use_cache=True).cache_params.get_seq_length()
+
+
+def test_compression_problem():
+    config = tiny_models.shared("gemma3").config
+    assert adapter.compression_problem(DynamicCache(config=config).layers) is None
+    assert "StaticLayer" in adapter.compression_problem([StaticLayer(8)])
+    assert "how many layers" in adapter.compression_problem([])
+    recurrent = DynamicCache(config=tiny_models.shared("mamba").config).layers
+    assert "LinearAttention" in adapter.compression_problem(recurrent)
+
+
+def test_is_empty_layer():
+    layers = DynamicCache(config=tiny_models.shared("llama").config).layers
+    assert not any(map(adapter.is_empty_layer, layers))
+
+
+def test_tensors_of_layer():
+    layer = DynamicLayer()
+    assert adapter.tensors_of_layer(layer) == []
+    layer.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 5))
+    assert [tensor.shape[-1] for tensor in adapter.tensors_of_layer(layer)] == [4, 5]
+
+
+def test_recomputing_under() -> None:
+    with stands_on("_gradient_checkpointing_func of checkpointed layers"):
+        model, entered = tiny_models.build("llama").train(), []
+
+        @contextlib.contextmanager
+        def noted() -> Iterator[None]:
+            entered.append(True)
+            yield
+
+        adapter.checkpoint_activations(model, use_reentrant=False)
+        with adapter.recomputing_under(model, noted):
+            loss = model(IDS, attention_mask=MASK).logits.sum()
+        assert not entered, "the first pass is not a recomputation"
+        other = model(IDS, attention_mask=MASK).logits.sum()
+        loss.backward()
+        assert len(entered) == 2, f"{len(entered)} of 2 layers were recomputed in the context"
+        other.backward()
+        assert len(entered) == 2, "a pass outside of the block was recomputed in the context"

@@ -30,6 +30,9 @@ DENSE = "hf_ext_dense"
 #: The attribute of a model's modules that holds the statistics being collected.
 STATISTICS = "_hf_ext_statistics"
 
+#: The attribute of a tensor of keys that leads to the layer of a compressed cache it came from.
+CACHE_LAYER = "_hf_ext_cache_layer"
+
 #: What `"sdpa"` runs; looked up once, as every layer asks for it in every step.
 _forward: Callable[..., tuple[torch.Tensor, None]] | None = None
 
@@ -124,6 +127,10 @@ def attention(
             "(s_aux). Use 'eager'"
         )
     statistics = module.__dict__.get(STATISTICS)
+    if not torch.compiler.is_compiling() and (layer := getattr(key, CACHE_LAYER, None)) is not None:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux,
+                   "output_attentions": output_attentions, **kwargs}  # fmt: skip
+        return _attend_to_cache(layer, module, query, attention_mask, options)
     on_gpu = runs_kernels(query.device)
     if query.is_cuda and not HAS_TRITON:
         _say_once("triton, which the kernels need, is not installed (pip install 'hf_ext[kernels]')")
@@ -173,6 +180,38 @@ def attention(
         note(statistics, module, lse, sums)
     assert output is not None
     return output, weights
+
+
+def _attend_to_cache(
+    layer: Any, module: torch.nn.Module, query: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend to what a layer of a compressed cache holds; it hands plain tensors back to `attention`."""
+    if options.get("position_bias") is not None:
+        raise ValueError("a compressed cache goes with no learned position bias: what it holds has no fixed distance")
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, sums: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if not sums:
+            return *attention(module, query, key, value, mask, **options), None
+        from hf_ext.attention.statistics import Statistics
+
+        outer = module.__dict__.get(STATISTICS)
+        inner = Statistics(lse=outer is not None and outer.lse, column_sums=True)
+        module.__dict__[STATISTICS] = inner
+        try:
+            output, weights = attention(module, query, key, value, mask, **options)
+        finally:
+            if outer is None:
+                del module.__dict__[STATISTICS]
+            else:
+                module.__dict__[STATISTICS] = outer
+        call = inner.calls[-1]
+        if outer is not None:
+            note(outer, module, call.lse, call.column_sums if outer.column_sums else None)
+        return output, weights, call.column_sums
+
+    return layer.attend(module, query, mask, options["scaling"], attend, options["softcap"], options["s_aux"])
 
 
 def _sdpa(

@@ -1,0 +1,1 @@
+"""Where entries lie: one file a layout."""

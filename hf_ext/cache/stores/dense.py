@@ -1,0 +1,177 @@
+"""All heads of a row hold the same number of entries: plain tensors with a little room at the end.
+
+    keys     (rows, key heads, n + room, width)      a new token is written into the room; when there is
+    values   (rows, key heads, n + room, width)      none left, the tensors grow by a 64th
+    columns  (rows, key heads, n + room) int32
+
+A row that holds less than the others begins with entries of column -1, the same number in all heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ext.cache.entries import NOTHING, Entries
+
+#: The room is a 64th of what is held, and no more than this.
+MOST_ROOM = 256
+
+
+class DenseStore:
+    """Entries of one layer as plain tensors.
+
+    Args:
+        fields: names of the fields that entries carry.
+    """
+
+    ragged = False
+
+    def __init__(self, fields: tuple[str, ...] = ()) -> None:
+        self.field_names = fields
+        self.length = 0
+        #: Of each row, how many entries stand for nothing, so that attention needs a mask; empty if there are none.
+        self.holes: list[int] = []
+        self.buffers: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def surplus(self, allowed: Sequence[int]) -> bool:
+        """Tell whether some row holds more entries in each head than it is allowed."""
+        if not self.holes:
+            return self.length > min(allowed)
+        return any(self.length - none > most for none, most in zip(self.holes, allowed, strict=True))
+
+    def append(self, keys: Tensor, values: Tensor, columns: Tensor, real: Tensor | None) -> None:
+        """Add new tokens.
+
+        Args:
+            keys: `(rows, key heads, q, width)`.
+            values: `(rows, key heads, q, value width)`.
+            columns: `(q,)` int32.
+            real: `(rows, q)` bool, False for padding; None if all are real.
+        """
+        rows, heads, count = keys.shape[:3]
+        numbers = columns.view(1, 1, -1).expand(rows, heads, -1)
+        if real is not None:
+            numbers = numbers.masked_fill(~real[:, None], NOTHING)
+            none = (~real).sum(1).tolist()
+            self.holes = [a + b for a, b in zip(self.holes or [0] * rows, none, strict=True)]
+        new = {"keys": keys, "values": values, "columns": numbers}
+        new |= {name: keys.new_zeros(rows, heads, count, dtype=torch.float32) for name in self.field_names}
+        if not self.buffers:
+            self.buffers = dict(new)
+            self.length = count
+            return
+        room = self.buffers["keys"].shape[2] - self.length
+        tracked = keys.requires_grad or self.buffers["keys"].requires_grad
+        if tracked or room < count:
+            extra = 0 if tracked else min(max((self.length + count) // 64, 1), MOST_ROOM)
+            self._grow(new, extra)
+        else:
+            for name, tensor in new.items():
+                self.buffers[name][:, :, self.length : self.length + count] = tensor
+        self.length += count
+
+    def _grow(self, new: Mapping[str, Tensor], extra: int) -> None:
+        for name, tensor in new.items():
+            old = self.buffers[name][:, :, : self.length]
+            parts = [old, tensor.to(old.dtype)]
+            if extra:
+                parts.append(old.new_zeros(*old.shape[:2], extra, *old.shape[3:]))
+            self.buffers[name] = torch.cat(parts, dim=2)
+
+    def _part(self, name: str) -> Tensor:
+        whole = self.buffers[name]
+        return whole if whole.shape[2] == self.length else whole[:, :, : self.length]
+
+    @property
+    def keys(self) -> Tensor:
+        """`(rows, key heads, n, width)`."""
+        return self._part("keys")
+
+    @property
+    def values(self) -> Tensor:
+        """`(rows, key heads, n, value width)`."""
+        return self._part("values")
+
+    @property
+    def columns(self) -> Tensor:
+        """`(rows, key heads, n)` int32."""
+        return self._part("columns")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`(rows, key heads, n)` float32, what is added to the scores of the entries."""
+        return self._part("bias") if "bias" in self.buffers else None
+
+    def entries(self, seen: int, padding: Tensor) -> Entries:
+        """Return what is held, as views."""
+        fields = {name: self._part(name) for name in self.field_names}
+        return Entries(self.keys, self.values, self.columns, seen, padding, fields)
+
+    def note(self, fields: Mapping[str, Tensor]) -> None:
+        """Replace fields of the entries."""
+        for name, value in fields.items():
+            self.buffers[name][:, :, : self.length] = value
+
+    def keep(self, index: Tensor, entries: Entries) -> None:
+        """Hold only the entries at `index`, `(rows, key heads, k)`, -1 for nothing."""
+        self.replace(entries.take(index))
+
+    def replace(self, entries: Entries) -> None:
+        """Hold these entries instead."""
+        self.buffers = {"keys": entries.keys, "values": entries.values, "columns": entries.columns, **entries.fields}
+        self.length = len(entries)
+        self.settle()
+        self._count_holes()
+
+    def settle(self) -> None:
+        """Stop holding on to more memory than the entries need."""
+        for name, tensor in self.buffers.items():
+            if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize or not tensor.is_contiguous():
+                self.buffers[name] = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+
+    def last_columns(self, count: int) -> Tensor:
+        """Return the columns of the last `count` entries, `(rows, key heads, count)`."""
+        return self.columns[:, :, self.length - count :]
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last `count` entries of every head."""
+        self.length -= count
+
+    def select(self, index: Tensor) -> None:
+        """Go on with these rows."""
+        self.buffers = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.buffers.items()}
+        self._count_holes()
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row."""
+        self.buffers = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.buffers.items()}
+        self._count_holes()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        self.buffers = {name: tensor.to(device, non_blocking=True) for name, tensor in self.buffers.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is in memory, by name."""
+        return dict(self.buffers)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `restore` needs, without the room."""
+        return {name: self._part(name).contiguous() for name in self.buffers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Hold what `state` has returned."""
+        self.buffers = dict(state)
+        self.length = self.buffers["keys"].shape[2]
+        self._count_holes()
+
+    def _count_holes(self) -> None:
+        holes = (self.columns[:, 0] < 0).sum(1).tolist()
+        self.holes = holes if any(holes) else []

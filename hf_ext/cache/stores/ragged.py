@@ -1,0 +1,188 @@
+"""Every head of every row holds its own number of entries, one behind the other in flat tensors.
+
+    row 0              row 1
+    head 0   head 1    head 0      head 1
+    aaaaa.   bb.       cccccccc.   d.          starts 0 6 9 18   lengths 5 2 8 1   (. is room)
+
+Padding is not stored at all. New tokens are written into the room of each segment; when one is full,
+all are moved apart again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ext.cache.entries import NOTHING, Entries
+
+#: The room of a segment is a 64th of the longest one, and no more than this.
+MOST_ROOM = 256
+
+
+class RaggedStore:
+    """Entries of one layer in flat tensors.
+
+    Args:
+        fields: names of the fields that entries carry.
+    """
+
+    ragged = True
+    holes: tuple[int, ...] = ()  # padding is not stored
+
+    def __init__(self, fields: tuple[str, ...] = ()) -> None:
+        self.field_names = fields
+        self.starts = self.lengths = self.room = torch.zeros(0, 0, dtype=torch.int64)
+        self.buffers: dict[str, Tensor] = {}
+        #: Entries of each row, all heads together.
+        self.totals: list[int] = []
+
+    def __len__(self) -> int:
+        return int(self.lengths.max()) if self.lengths.numel() else 0
+
+    def surplus(self, allowed: Sequence[int]) -> bool:
+        """Tell whether the heads of some row hold more entries on average than it is allowed."""
+        heads = self.lengths.shape[1]
+        return any(total > most * heads for total, most in zip(self.totals, allowed, strict=True))
+
+    def append(self, keys: Tensor, values: Tensor, columns: Tensor, real: Tensor | None) -> None:
+        """Add new tokens; see `DenseStore.append`."""
+        rows, heads, count, _ = keys.shape
+        if not self.buffers:
+            self.starts = self.lengths = self.room = torch.zeros(rows, heads, dtype=torch.int64, device=keys.device)
+            self.buffers = {
+                "keys": keys.new_zeros(0, keys.shape[-1]),
+                "values": values.new_zeros(0, values.shape[-1]),
+                "columns": columns.new_zeros(0),
+                **{name: keys.new_zeros(0, dtype=torch.float32) for name in self.field_names},
+            }
+        new = torch.full((rows, 1), count, device=keys.device) if real is None else real.sum(1, keepdim=True)
+        new = new.expand(rows, heads)
+        if bool((self.lengths + new > self.room).any()):
+            extra = min(max((len(self) + count) // 64, 1), MOST_ROOM)
+            self._spread(self.lengths + new + extra)
+        at = (self.starts + self.lengths)[..., None] + torch.arange(count, device=keys.device)
+        numbers = columns.expand(rows, heads, count)
+        if real is None or bool(real.all()):
+            where, chosen = at.flatten(), slice(None)
+        else:
+            place = real.long().cumsum(1) - 1
+            at = (self.starts + self.lengths)[..., None] + place[:, None]
+            chosen = real[:, None].expand(rows, heads, count).flatten()  # type: ignore[assignment]
+            where = at.flatten()[chosen]
+        self.buffers["keys"][where] = keys.reshape(-1, keys.shape[-1])[chosen]
+        self.buffers["values"][where] = values.reshape(-1, values.shape[-1])[chosen]
+        self.buffers["columns"][where] = numbers.reshape(-1)[chosen]
+        for name in self.field_names:
+            self.buffers[name][where] = 0
+        self.lengths = self.lengths + new
+        self.totals = self.lengths.sum(1).tolist()
+
+    def _flat(self) -> Tensor:
+        """Return the indices of all entries in the flat tensors, segment after segment."""
+        lengths = self.lengths.flatten()
+        ends = lengths.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        shift = torch.repeat_interleave(self.starts.flatten() - (ends - lengths), lengths)
+        return torch.arange(total, device=lengths.device) + shift
+
+    def _spread(self, room: Tensor) -> None:
+        """Move segments so that each has this much room."""
+        old = self._flat()
+        ends = room.flatten().cumsum(0)
+        starts = (ends - room.flatten()).view_as(room)
+        lengths = self.lengths.flatten()
+        shift = torch.repeat_interleave(starts.flatten() - (lengths.cumsum(0) - lengths), lengths)
+        new = torch.arange(len(old), device=old.device) + shift
+        for name, tensor in self.buffers.items():
+            moved = tensor.new_zeros(int(ends[-1]), *tensor.shape[1:])
+            moved[new] = tensor[old]
+            self.buffers[name] = moved
+        self.starts, self.room = starts, room
+
+    def _segments(self) -> tuple[Tensor, Tensor]:
+        """Return where entries lie if all heads are as long as the longest, `(rows, heads, n)`, and which are real."""
+        most = len(self)
+        place = torch.arange(most, device=self.lengths.device) - (most - self.lengths)[..., None]
+        return (self.starts[..., None] + place).clamp(min=0), place >= 0
+
+    def entries(self, seen: int, padding: Tensor) -> Entries:
+        """Return what is held as plain tensors, heads that hold less with nothing in front: a copy."""
+        where, real = self._segments()
+        found = {name: tensor[where] for name, tensor in self.buffers.items()}
+        columns = found.pop("columns").masked_fill(~real, NOTHING)
+        return Entries(found.pop("keys"), found.pop("values"), columns, seen, padding, found)
+
+    def note(self, fields: Mapping[str, Tensor]) -> None:
+        """Replace fields of the entries, given as `entries` returned them."""
+        where, real = self._segments()
+        for name, value in fields.items():
+            self.buffers[name][where[real]] = value[real].to(self.buffers[name].dtype)
+
+    def keep(self, index: Tensor, entries: Entries) -> None:
+        """Hold only the entries at `index` of what `entries` returned, `(rows, key heads, k)`, -1 for nothing."""
+        where, _ = self._segments()
+        flat = where.gather(-1, index.clamp(min=0))[index >= 0]
+        self.lengths = (index >= 0).sum(-1)
+        self._compact({name: tensor[flat] for name, tensor in self.buffers.items()})
+
+    def replace(self, entries: Entries) -> None:
+        """Hold these entries instead."""
+        real = entries.real
+        self.lengths = real.sum(-1)
+        whole = {"keys": entries.keys, "values": entries.values, "columns": entries.columns, **entries.fields}
+        self._compact({name: tensor[real] for name, tensor in whole.items()})
+
+    def _compact(self, buffers: dict[str, Tensor]) -> None:
+        ends = self.lengths.flatten().cumsum(0).view_as(self.lengths)
+        self.starts, self.room, self.buffers = ends - self.lengths, self.lengths, buffers
+        self.totals = self.lengths.sum(1).tolist()
+
+    def settle(self) -> None:
+        """Hold nothing but the entries and their room."""
+
+    def last_columns(self, count: int) -> Tensor:
+        """Return the columns of the last `count` entries, `(rows, key heads, count)`, -1 where there are fewer."""
+        place = self.lengths[..., None] - count + torch.arange(count, device=self.lengths.device)
+        found = self.buffers["columns"][(self.starts[..., None] + place).clamp(min=0)]
+        return found.masked_fill(place < 0, NOTHING)
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last `count` entries of every head."""
+        self.lengths = self.lengths - count
+        self.totals = self.lengths.sum(1).tolist()
+
+    def select(self, index: Tensor) -> None:
+        """Go on with these rows."""
+        device = self.starts.device
+        index = index.to(device)
+        starts, lengths = self.starts[index], self.lengths[index]
+        self.starts, self.lengths = starts, lengths
+        flat = self._flat()
+        self._compact({name: tensor[flat] for name, tensor in self.buffers.items()})
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row."""
+        self.select(torch.arange(len(self.starts)).repeat_interleave(times))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        self.buffers = {name: tensor.to(device, non_blocking=True) for name, tensor in self.buffers.items()}
+        self.starts, self.lengths, self.room = (t.to(device) for t in (self.starts, self.lengths, self.room))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is in memory, by name."""
+        return {**self.buffers, "starts": self.starts, "lengths": self.lengths, "room": self.room}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `restore` needs, without the room."""
+        flat = self._flat()
+        return {**{name: tensor[flat] for name, tensor in self.buffers.items()}, "lengths": self.lengths.clone()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Hold what `state` has returned."""
+        state = dict(state)
+        self.lengths = state.pop("lengths")
+        self._compact(state)
