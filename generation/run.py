@@ -51,6 +51,7 @@ class DecodingRun:
             change for the calls after it); `generate`'s own way by default.
         step_masks: gives the attention mask of a step after which the text has so many columns, where it is
             not the one that `model_kwargs` say.
+        columns_before: columns that the model has read more than the ids have, where a reader repeats or adds some.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class DecodingRun:
         self._embedded = 0 if embeds is None or input_ids.shape[1] else embeds.shape[1]
         self.reader: Callable[[torch.Tensor, dict[str, Any]], ModelOutput] | None = None
         self.step_masks: Callable[[int], Any] | None = None
+        self.columns_before = 0
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.encoder_decoder: bool = model.config.is_encoder_decoder
         pad = adapter.special_token(config, "pad")
@@ -104,11 +106,14 @@ class DecodingRun:
 
     @property
     def attention_mask(self) -> torch.Tensor:
-        """`(batch, length)` int64 mask over the decoder's tokens so far, 0 on padding."""
+        """`(batch, length)` int64 mask over the decoder's tokens so far, 0 on padding.
+
+        After a reader that reads more columns than the ids have, over all that was read.
+        """
         name = "decoder_attention_mask" if self.encoder_decoder else "attention_mask"
         mask = self.model_kwargs.get(name)
         # A prompt given as embeddings has columns in the mask and none in the ids.
-        length = self.input_ids.shape[1] + self._embedded
+        length = self.input_ids.shape[1] + self._embedded + self.columns_before
         return self.input_ids.new_ones(len(self.input_ids), length) if mask is None else mask[:, :length]
 
     @property
@@ -140,16 +145,16 @@ class DecodingRun:
             ids, kwargs = torch.cat([ids, ahead], dim=1), adapter.lengthen_kwargs(self.model, kwargs, ahead.shape[1])
             if "logits_to_keep" in kwargs:
                 kwargs["logits_to_keep"] = ahead.shape[1] + 1
-        cached = 0 if self.cache is None else self.cache.get_seq_length()
+        cached = adapter.cached_tokens(self.cache)
         if self.reader is None:
             outputs = adapter.prefill(self.model, ids, self.config, {**kwargs, **forward_kwargs})
         else:
             given = {**kwargs, **forward_kwargs}
             outputs = self.reader(ids, given)
-            kwargs = {**kwargs, "position_ids": given["position_ids"]}
+            kwargs = {**kwargs, "position_ids": given.get("position_ids")}  # a model may know none
         # The prompt may hold what is in the cache already or not; how much the cache has grown tells.
-        grown = 0 if self.cache is None else self.cache.get_seq_length() - cached
-        self._count(len(self.input_ids), grown or ids.shape[1] + self._embedded)
+        grown = adapter.cached_tokens(self.cache) - cached
+        self._count(len(self.input_ids), grown or ids.shape[1] + self._embedded + self.columns_before)
         self.model_kwargs = adapter.extend_kwargs(self.model, outputs, kwargs)
         return outputs
 

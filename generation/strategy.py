@@ -137,7 +137,7 @@ class DecodingStrategy(abc.ABC):
             raise ValueError(f"{name} needs the model's cache; call generate with use_cache=True")
         if model_kwargs.get("inputs_embeds") is None:
             cache = model_kwargs.get("past_key_values")
-            cached = 0 if cache is None else cache.get_seq_length()
+            cached = adapter.cached_tokens(cache)
             mask = None if model.config.is_encoder_decoder else model_kwargs.get("attention_mask")
             check_inputs(input_ids, mask, cached)
             length, dropped = input_ids.shape[1], adapter.mask_length(generation_config)
@@ -198,7 +198,7 @@ class DecodingStrategy(abc.ABC):
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(ids, torch.Tensor) and kwargs.get("inputs_embeds") is None and ids.dtype == torch.long:
             cache = kwargs.get("past_key_values")
-            cached = 0 if cache is None else cache.get_seq_length()
+            cached = adapter.cached_tokens(cache)
             mask, encoder = kwargs.get("attention_mask"), model.config.is_encoder_decoder
             check_inputs(ids, mask, cached, encoder=encoder)
             if encoder:  # it would run before the strategy is called

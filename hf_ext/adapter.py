@@ -694,7 +694,7 @@ def states_of(model_kwargs: Mapping[str, Any]) -> list[Any]:
 
 
 def is_user_state(state: Any) -> bool:
-    """Tell whether the caller passed a cache or state in: `generate` itself makes no states, and marks others' caches."""
+    """Tell whether the caller passed a cache or state in: `generate` makes no states, and marks caches of others."""
     from transformers import Cache
 
     return state is not None and (not isinstance(state, Cache) or is_user_cache(state))
@@ -766,7 +766,9 @@ def cached_tokens(cache: Cache | None) -> int:
     """
     from transformers import cache_utils
 
-    if isinstance(cache, cache_utils.Cache) and cache.layers:
-        if not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in cache.layers):
-            return 0
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return 0
+    layers = cache.layers if isinstance(cache, cache_utils.Cache) else []
+    if layers and not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers):
+        return 0
+    return int(cache.get_seq_length())

@@ -60,7 +60,7 @@ def _ask(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config(decoder=True)
     problem = adapter.row_addressing_problem(adapter.empty_cache(model))
     if problem is not None:
-        return f"{type(model).__name__} cannot forget tokens that were rejected: {problem}"
+        return f"the cache of {type(model).__name__} has no tokens that could be addressed one by one: {problem}"
     other = set(getattr(config, "layer_types", None) or ()) - set(KINDS)
     if other:
         return f"{type(model).__name__} has layers of the kind {', '.join(sorted(other))}"

@@ -108,21 +108,12 @@ class StructuredPrompting(DecodingStrategy):
 
     def decode(self, run: DecodingRun) -> None:
         """Read the prompt by its structure and go on with `decode_with`."""
-        name, inner = type(self).__name__, self.decode_with or PlainDecoding()
-        if not isinstance(inner, DecodingStrategy):
-            raise ValueError(f"{name}: decode_with must be a strategy, such as ContrastiveSearch(), got {inner!r}")
+        name, inner = type(self).__name__, continuation(self, run)
         check_call(run, name)
-        if run.config.do_sample and not inner.samples:
-            raise ValueError(f"{type(inner).__name__} is deterministic; call generate with do_sample=False")
         given = prompt_of(run, name)
         prompt = self.reads(given)
         if prompt is not given:
-            if run.config.output_attentions or run.config.output_hidden_states:
-                raise ValueError(
-                    f"{name} reads other columns than the prompt's; leave output_hidden_states and "
-                    "output_attentions out"
-                )
-            run.model_kwargs["attention_mask"] = prompt.mask.long()
+            read_instead(run, given, prompt, name)
         structure = self.structure(prompt)
         before, new = prompt.ids.shape[1] - given.ids.shape[1], _new_tokens(run)
         _check_positions(run, structure, new)
@@ -170,6 +161,64 @@ class StructuredPrompting(DecodingStrategy):
 
     def _learn(self, inner: DecodingStrategy) -> None:
         """Hook for methods that report more after the call."""
+
+
+def continuation(strategy: StructuredPrompting, run: DecodingRun) -> DecodingStrategy:
+    """Return what goes on after the prompt.
+
+    Args:
+        strategy: the method.
+        run: the call.
+
+    Raises:
+        ValueError: `decode_with` is no strategy, or a deterministic one is to sample.
+    """
+    inner = strategy.decode_with or PlainDecoding()
+    if not isinstance(inner, DecodingStrategy):
+        raise ValueError(
+            f"{type(strategy).__name__}: decode_with must be a strategy, such as ContrastiveSearch(), got {inner!r}"
+        )
+    if run.config.do_sample and not inner.samples:
+        raise ValueError(f"{type(inner).__name__} is deterministic; call generate with do_sample=False")
+    return inner
+
+
+def read_instead(run: DecodingRun, given: Prompt, prompt: Prompt, name: str) -> None:
+    """Make the masks of a call those of other tokens than its prompt.
+
+    Args:
+        run: the call.
+        given: its prompts.
+        prompt: what is read in their place, as many columns or more.
+        name: of the method, for messages.
+
+    Raises:
+        ValueError: states or attentions of the prompt are asked for, or something else has a number for each token.
+    """
+    refuse_numbered_tokens(run, given, name)
+    if run.config.output_attentions or run.config.output_hidden_states:
+        raise ValueError(
+            f"{name} reads other columns than the prompt's; leave output_hidden_states and output_attentions out"
+        )
+    run.model_kwargs["attention_mask"] = prompt.mask.long()
+    run.columns_before = prompt.ids.shape[1] - given.ids.shape[1]
+
+
+def refuse_numbered_tokens(run: DecodingRun, given: Prompt, name: str) -> None:
+    """Refuse forward arguments, such as `token_type_ids`, that belong to tokens a method moves or repeats.
+
+    Args:
+        run: the call.
+        given: its prompts.
+        name: of the method, for the message.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for field, value in run.model_kwargs.items():
+        own = field in ("attention_mask", "position_ids")
+        if isinstance(value, torch.Tensor) and value.shape[:2] == given.ids.shape and not own:
+            raise ValueError(f"{name} reads other columns than the prompt's, which have no {field}; leave them out")
 
 
 def require_suffix(structure: AttentionStructure, name: str) -> None:
