@@ -73,6 +73,7 @@ class CompressedCache(Cache):
         self.config = config.get_text_config(decoder=True)
         self.policy = policy
         self.attention_mask = None if attention_mask is None else attention_mask.bool()
+        self._unknown_padding = False
         stock = DynamicCache(config=self.config).layers
         problem = adapter.compression_problem(stock)
         if problem is not None:
@@ -94,7 +95,7 @@ class CompressedCache(Cache):
             if number < skip_layers or adapter.is_empty_layer(layer) or (window is not None and sliding == "keep"):
                 layers.append(layer)
             else:
-                layers.append(CompressedLayer(self, self.compressed, window))
+                layers.append(CompressedLayer(self, self.compressed, window, number))
                 self.compressed += 1
         if not self.compressed:
             raise ValueError(
@@ -214,7 +215,9 @@ class CompressedCache(Cache):
 
     def seen_of(self, layer: CompressedLayer, **more: Any) -> Seen:
         """Return what a policy is told about a pass."""
-        return Seen(layer=layer.number, layers=self.compressed, window=layer.window, **more)
+        return Seen(
+            layer=layer.number, layers=self.compressed, model_layer=layer.model_layer, window=layer.window, **more
+        )
 
     def check_without_backend(self, layer: CompressedLayer) -> None:
         """Raise what cannot be done where attention does not come back to the cache."""
@@ -235,6 +238,28 @@ class CompressedCache(Cache):
             raise ValueError(
                 f"{reason}, which attn_implementation={name!r} does not know of; load the model with "
                 "attn_implementation='hf_ext', or call model.set_attn_implementation('hf_ext')"
+            )
+
+    def note_rows(self, keys: Tensor) -> None:
+        """Note whether the rows of a first pass may be padded differently, as far as keys `(rows, ...)` tell."""
+        if self.attention_mask is None and len(keys) > 1:
+            # Beams begin with copies of one row.
+            self._unknown_padding = not bool((keys == keys[:1]).all())
+
+    def check_rows(self, layer: CompressedLayer, keep: Sequence[int]) -> None:
+        """Raise where tokens are to be dropped from rows that transformers' own mask would then take for others."""
+        name = adapter.attention_of(self.config)
+        if self._unknown_padding:
+            raise ValueError(
+                f"attn_implementation={name!r} does not tell the cache which tokens of a batch are padding; give "
+                "CompressedCache(..., attention_mask=inputs['attention_mask']), or load the model with "
+                "attn_implementation='hf_ext'"
+            )
+        if isinstance(self.budget_of(layer.number), float) and len(set(keep)) > 1:
+            raise ValueError(
+                f"rows of different lengths keep different numbers of tokens under a share as budget, which "
+                f"attn_implementation={name!r} does not know of; give the budget in tokens, or load the model with "
+                "attn_implementation='hf_ext'"
             )
 
     def given_padding(self, seen: int, count: int, rows: int) -> Tensor | None:

@@ -14,7 +14,7 @@ slice of the padding mask it takes is the padding that is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,9 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     Args:
         cache: the cache it belongs to.
-        number: of the layer.
+        number: of the layer among those that are compressed.
         window: how far the layer looks back, if it slides.
+        model_layer: number of the layer in the model.
     """
 
     is_compileable = False
@@ -76,8 +77,11 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: CompressedCache, number: int, window: int | None = None) -> None:
+    def __init__(
+        self, cache: CompressedCache, number: int, window: int | None = None, model_layer: int | None = None
+    ) -> None:
         self.cache, self.number, self.window = cache, number, window
+        self.model_layer = number if model_layer is None else model_layer
         self.is_sliding = window is not None
         self.record_past = False
         self.reset()
@@ -170,6 +174,8 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         """Store new tokens and drop what is too much, for an attention that does not come back."""
         self.cache.check_without_backend(self)
         count = keys.shape[2]
+        if not self.seen:
+            self.cache.note_rows(keys)
         real = self.cache.given_padding(self.seen, count, len(keys))
         self._store(keys, values, real)
         found = self.store.keys, self.store.values  # type: ignore[union-attr]
@@ -336,13 +342,15 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         policy, count, before = self.policy, query.shape[2], self.seen
         given = attending.Given.of(mask, before, query)
         held = len(self.store)
-        self._store(keys, values, given.real)
+        self._store(keys, values, given.real, policy.arriving(keys, module) if policy.gated else {})
         step = Pass(count, scale=query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, module=module)
         step.sinks = sinks
         at_once = policy.column_sums and not self.record_past
         weights = None
         if not isinstance(self.store, RaggedStore):
             seen = attending.visible(self, given, held, query)
+            if policy.gated:
+                seen = attending.gated(self, seen, given, query, module)
             output, weights, step.column_sums = attend(query, self.store.keys, self.store.values, seen, at_once)
         elif not before:  # nothing but the new tokens, all of them in every head
             output, weights, step.column_sums = attend(query, keys, values, mask, at_once and given.real is None)
@@ -358,12 +366,18 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     # What happens to a pass.
 
-    def _store(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
+    def _store(
+        self, keys: Tensor, values: Tensor, real: Tensor | None, fields: Mapping[str, Tensor] | None = None
+    ) -> None:
         count = keys.shape[2]
         columns = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=keys.device)
         if real is not None:
             self.pads = [old + new for old, new in zip(self.pads, (~real).sum(1).tolist(), strict=True)]
-        self.store.append(keys, values, columns, real)
+        if fields:
+            assert isinstance(self.store, DenseStore)
+            self.store.append(keys, values, columns, real, fields)
+        else:
+            self.store.append(keys, values, columns, real)
         self.seen += count
 
     def _finish(self, step: Pass) -> None:
@@ -391,13 +405,17 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self.store.note(policy.observe(self.entries(), seen))
         keep = self.allowance()
         allowed = keep if prefill else [count + policy.slack(count) for count in keep]
-        if due and self.store.surplus(allowed):
+        if due and (policy.gated or self.store.surplus(allowed)):
+            if not self.cache.by_backend():
+                self.cache.check_rows(self, keep)
             entries = self.entries()
             seen = self.cache.seen_of(self, module=passes[-1].module) if seen is None else seen
             outcome = policy.compress(entries, seen, torch.tensor(keep, device=entries.keys.device))
             if isinstance(outcome, Selection):
                 self.store.keep(outcome.index, entries)
-            else:
+            elif outcome is not None:
                 self.store.replace(outcome)
+            elif prefill:
+                self.store.settle()
         elif prefill:
             self.store.settle()

@@ -1,0 +1,232 @@
+"""The cache from outside: other attention implementations, turns, files, memory, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_ext.cache import CompressedCache, Knorm, StreamingLLM
+from hf_ext.testing import tiny_models
+from hf_ext.testing.cache_base import Script, passes
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+def model_of(kind: str = "llama", implementation: str = "hf_ext", **changes):
+    model = tiny_models.build(kind, **changes)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma3", "qwen3"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_gives_the_same_in_a_padded_batch(kind, implementation):
+    ids, mask = tiny_models.prompts((24, 19))
+    script = Script(
+        tiny_models.build(kind), Knorm(budget=6), mask, implementation, attention_mask=mask[:, :9]
+    )  # fmt: skip
+    for part in passes(24, (9, 1, 1, 6, 1, 1, 5)):
+        script.step(ids[:, part], mask[:, : part.stop])
+    assert max(script.compressed.held()) == 6
+
+
+def test_other_attention_gives_the_same_text_under_beams():
+    ids, _ = tiny_models.prompts((14,))
+    texts = []
+    for implementation in ("sdpa", "hf_ext"):
+        model = model_of(implementation=implementation)
+        cache = CompressedCache(model.config, Knorm(budget=6))
+        texts.append(model.generate(ids, past_key_values=cache, num_beams=3, **GREEDY).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_a_batch_whose_padding_is_unknown_is_refused():
+    ids, mask = tiny_models.prompts((14, 9))
+    model = model_of(implementation="sdpa")
+    for options, message in (
+        ({}, r"which tokens of a batch are padding.*attention_mask="),
+        ({"attention_mask": mask}, "give the budget in tokens"),
+    ):
+        cache = CompressedCache(model.config, Knorm(budget=0.5), **options)
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+
+
+def test_layers_may_have_budgets_of_their_own():
+    model = model_of()
+    cache = CompressedCache(model.config, Knorm(), layer_budgets=[5, 0.5])
+    model(torch.arange(1, 21)[None], past_key_values=cache)
+    assert cache.held() == [5, 10]
+    cache = CompressedCache(model.config, Knorm(budget=5), skip_layers=1)
+    model(torch.arange(1, 21)[None], past_key_values=cache)
+    assert cache.held() == [5]
+    assert cache.layers[0].get_seq_length() == 20
+
+
+def test_generate_goes_on_after_a_turn():
+    """The second turn is given the whole text, as chat templates give it, and feeds only what is new."""
+    model = model_of()
+    ids, _ = tiny_models.prompts((12,))
+    cache = CompressedCache(model.config, StreamingLLM(budget=8, sinks=2))
+    first = model.generate(ids, past_key_values=cache, **GREEDY)
+    assert cache.get_seq_length() == 17
+    text = torch.cat([first, tiny_models.prompts((5,), seed=1)[0]], dim=1)
+    second, calls = tiny_models.calls_of(model, lambda: model.generate(text, past_key_values=cache, **GREEDY))
+    assert second.shape == (1, 29)
+    assert calls[0] == (1, 6), calls
+    assert cache.columns(0)[0, 0].tolist() == [0, 1, *range(22, 28)]
+
+
+@pytest.mark.parametrize("assistant", [None, 1])
+def test_assisted_decoding_forgets_what_was_rejected(assistant):
+    """What is held is dropped after each step, once it is known which tokens stay."""
+    model = model_of()
+    more = {"prompt_lookup_num_tokens": 3}
+    if assistant:
+        more = {"assistant_model": model_of(num_hidden_layers=assistant)}
+    ids, _ = tiny_models.prompts((20,))
+    cache = CompressedCache(model.config, StreamingLLM(budget=12, sinks=2, interval=1))
+    found = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=8, **more)
+    assert found.shape == (1, 28)
+    assert cache.get_seq_length() == 27
+    assert cache.columns(0)[0, 1].tolist() == [0, 1, *range(17, 27)]
+    full = CompressedCache(model.config, StreamingLLM(budget=1.0))
+    plain = model.generate(ids, do_sample=False, max_new_tokens=8)
+    found = model.generate(ids, past_key_values=full, do_sample=False, max_new_tokens=8, **more)
+    assert found.tolist() == plain.tolist()
+
+
+def test_a_saved_prompt_is_gone_on_with(tmp_path):
+    ids, mask = tiny_models.prompts((16, 11))
+    for kind, policy in (("llama", Knorm(budget=6)), ("gemma3", StreamingLLM(budget=0.5, sinks=2))):
+        model = model_of(kind)
+        cache = CompressedCache(model.config, policy)
+        with torch.no_grad():
+            where = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+            model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=where, past_key_values=cache)
+        cache.save(tmp_path / "prompt.safetensors")
+        again = CompressedCache.load(tmp_path / "prompt.safetensors", model.config)
+        assert again.policy == policy
+        assert again.resident_bytes() <= cache.resident_bytes()
+        texts = [model.generate(ids, attention_mask=mask, past_key_values=c, **GREEDY).tolist() for c in (cache, again)]
+        assert texts[0] == texts[1]
+    with pytest.raises(ValueError, match="this one has"):
+        CompressedCache.load(tmp_path / "prompt.safetensors", model_of("llama").config)
+    with pytest.raises(ValueError, match="cache is empty"):
+        CompressedCache(model.config, policy).save(tmp_path / "none.safetensors")
+
+
+def test_a_copy_is_a_cache_of_its_own():
+    """One compressed prompt serves several questions."""
+    model = model_of()
+    ids, _ = tiny_models.prompts((12,))
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+    texts = [model.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY).tolist() for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert cache.get_seq_length() == 11
+
+
+def test_dropped_memory_is_free_before_the_next_layer_runs():
+    """No layer's full keys outlive its attention: at the end only what is kept is alive."""
+    model = model_of(num_hidden_layers=3)
+    ids, _ = tiny_models.prompts((100,))
+    cache = CompressedCache(model.config, Knorm(budget=10))
+    width = model.config.hidden_size // model.config.num_attention_heads
+    full = []
+
+    def note(module, args, output):
+        gc.collect()
+        alive = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (1, 2, 100, width)]
+        full.append(len(alive))
+
+    handles = [layer.mlp.register_forward_hook(note) for layer in model.model.layers]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for handle in handles:
+        handle.remove()
+    assert full == [0, 0, 0], full
+
+
+def test_offloading_moves_all_that_is_held():
+    model = model_of()
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    model(torch.arange(1, 13)[None], past_key_values=cache)
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert all(tensor.device.type == "cpu" for tensor in cache._tensors())
+
+
+def test_reset_forgets_everything():
+    model = model_of()
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    ids, _ = tiny_models.prompts((12,))
+    first = model.generate(ids, past_key_values=cache, **GREEDY)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.resident_bytes() == 0
+    assert model.generate(ids, past_key_values=cache, **GREEDY).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda config: CompressedCache(config, "knorm"), "policy must be a cache policy"),
+        (lambda config: CompressedCache(config, Knorm(budget=0)), "at least 1"),
+        (lambda config: CompressedCache(config, Knorm(budget=1.5)), "at most 1.0"),
+        (lambda config: CompressedCache(config, Knorm(budget=True)), "an int"),
+        (lambda config: CompressedCache(config, Knorm(when="never")), "'prefill', 'decode' or 'both'"),
+        (lambda config: CompressedCache(config, Knorm(window=-1)), "window must be"),
+        (lambda config: CompressedCache(config, Knorm(interval=0)), "interval must be"),
+        (lambda config: CompressedCache(config, Knorm(), skip_layers=9), "no layer is left"),
+        (lambda config: CompressedCache(config, Knorm(), layer_budgets=[1]), "1 budgets for 2"),
+        (lambda config: CompressedCache(config, Knorm(), sliding="maybe"), "'keep' or 'compress'"),
+        (lambda _: CompressedCache(tiny_models.shared("mamba").config, Knorm()), "cannot be compressed"),
+        (lambda config: CompressedCache(config, Knorm()).columns(0), "the cache is empty"),
+    ],
+)
+def test_wrong_input_gets_a_clear_error(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tiny_models.shared("llama").config)
+
+
+def test_what_was_dropped_or_counted_cannot_be_forgotten():
+    model = model_of()
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    model(torch.arange(1, 13)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match="some of them were dropped"):
+        cache.crop(-8)
+    with pytest.raises(ValueError, match="negative number"):
+        cache.crop(3)
+    cache = CompressedCache(model.config, Knorm(budget=6, window=3))
+    model(torch.arange(1, 13)[None], past_key_values=cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 9
+
+
+def test_another_number_of_rows_is_refused():
+    model = model_of()
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    model(torch.arange(1, 13)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 1 rows, the model runs 2"):
+        model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_gradients_flow_through_a_first_pass():
+    """Training with a cache is rare, and not wrong."""
+    model = model_of().train()
+    ids, _ = tiny_models.prompts((10,))
+    grads = []
+    for cache in (CompressedCache(model.config, Knorm(budget=1.0)), DynamicCache()):
+        model.zero_grad()
+        model(ids[:, :6], past_key_values=cache)
+        model(ids[:, 6:], past_key_values=cache).logits.sum().backward()
+        grads.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    gap = (grads[0] - grads[1]).abs().max().item()
+    assert gap < 1e-5, f"the largest difference is {gap:.2e}"
