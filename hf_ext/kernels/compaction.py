@@ -9,6 +9,7 @@ entries for every head; `compact_ragged` keeps as many as each head has, side by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,15 +112,34 @@ def compact_ragged_reference(
 def _gather(
     tensors: Sequence[torch.Tensor], row: torch.Tensor, head: torch.Tensor, index: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    nothing = index < 0
-    any_nothing = bool(nothing.any())
+    nothing = (index < 0).flatten().nonzero()[:, 0]
+    index = index.clamp_min(0) if len(nothing) else index
     found = []
     for tensor in tensors:
-        taken = tensor[row, head, index.clamp_min(0) if any_nothing else index]
-        if any_nothing:
-            taken[nothing] = fill(tensor.dtype)
-        found.append(taken)
+        taken = _lines(tensor, row, head, index)
+        if len(nothing):
+            taken.index_fill_(0, nothing, fill(tensor.dtype))
+        found.append(taken.view(*index.shape, *tensor.shape[3:]))
     return tuple(found)
+
+
+def _lines(tensor: torch.Tensor, row: torch.Tensor, head: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return entries, one a line.
+
+    Whatever the order of the axes in memory, entries are lines of one matrix, and taking lines of a matrix is quicker
+    than any other way to index.
+    """
+    if not tensor.numel():
+        return tensor.new_empty(index.numel(), tensor.shape[3:].numel())
+    entry = tensor[0, 0, 0]
+    if not entry.is_contiguous():
+        return _lines(tensor.contiguous(), row, head, index)
+    strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape[:3], tensor.stride(), strict=False)]
+    unit = math.gcd(*strides) or 1
+    steps = [stride // unit for stride in strides]
+    lines = sum((size - 1) * step for size, step in zip(tensor.shape[:3], steps, strict=True)) + 1
+    matrix = tensor.as_strided((lines, entry.numel()), (unit, 1))
+    return matrix.index_select(0, (row * steps[0] + head * steps[1] + index * steps[2]).flatten())
 
 
 def fill(dtype: torch.dtype) -> int:

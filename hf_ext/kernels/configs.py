@@ -111,9 +111,9 @@ _HOPPER = {
     ("packed", 64, 2): Config(16, 32, 4, 2),
     ("packed", 128, 2): Config(16, 32, 4, 2),
     ("packed", 256, 2): Config(16, 32, 8, 2),
-    ("packed", 64, 4): Config(16, 32, 4, 1),
-    ("packed", 128, 4): Config(16, 16, 4, 1),
-    ("packed", 256, 4): Config(16, 16, 8, 1),
+    ("packed", 64, 4): Config(16, 32, 8, 1),
+    ("packed", 128, 4): Config(16, 16, 8, 1),
+    ("packed", 256, 4): Config(16, 16, 16, 1),
     # Of merged entries, "queries" are sets.
     ("merge_entries", 64, 2): Config(16, 32, 4, 1),
     ("merge_entries", 128, 2): Config(16, 16, 4, 1),

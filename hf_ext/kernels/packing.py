@@ -167,7 +167,8 @@ def _quantise(
     # Rounded up, the steps reach the largest number; rounded to the nearest they might stop short of it.
     scale = _rounded((largest.to(wide) - zero.to(wide)) / (2**bits - 1), dtype, up=True)
     step = scale.to(wide)
-    codes = ((grouped.to(wide) - zero.to(wide)) / step.masked_fill(step == 0, 1)).round_().clamp_(0, 2**bits - 1)
+    steps = (grouped.to(wide) - zero.to(wide)).div_(step.masked_fill(step == 0, 1))
+    codes = steps.round_().clamp_(0, 2**bits - 1)
     return codes.to(torch.uint8), scale, zero
 
 

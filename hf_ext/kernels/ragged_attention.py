@@ -18,7 +18,10 @@ from hf_ext.kernels.decode_attention import count_splits
 from hf_ext.kernels.language import Launch, cdiv, check_device, jit, load_rows, power_of_two, product, tl
 from hf_ext.kernels.merge import launch_merge
 from hf_ext.kernels.problem import check_kernel
-from hf_ext.kernels.scores import adjacent, tanh, units
+from hf_ext.kernels.scores import adjacent, tanh, units, weigh
+
+#: `ragged_attention_torch` has so many scores at a time: 64 MB of them.
+LARGEST = 2**24
 
 
 def ragged_attention(
@@ -132,39 +135,70 @@ def ragged_attention_torch(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     _check(query, keys, values, starts, lengths, scale, softcap, sinks, bias)
+    queries = query.shape[2]
+    longest = int(lengths.max()) if lengths.numel() else 0
+    few = max(LARGEST // max(query.shape[0] * query.shape[1] * longest, 1), 1)
+    parts = []
+    for first in range(0, queries, few):
+        last = min(first + few, queries)
+        # Without the queries behind them, and the entries of those, some queries are the last ones.
+        sizes = (lengths - (queries - last)).clamp_min(0).tolist()
+        parts.append(
+            _some(query[:, :, first:last], keys, values, starts.tolist(), sizes, longest, scale, softcap, sinks, bias)
+        )
+    out, lse = (torch.cat(tensors, 2) for tensors in zip(*parts, strict=True))
+    return out, lse
+
+
+def _some(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: list[list[int]], lengths: list[list[int]],
+    longest: int, scale: float, softcap: float | None, sinks: torch.Tensor | None, bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Attend with so few queries that all scores have room."""
     rows, heads, count, width = query.shape
-    key_heads = starts.shape[1]
+    key_heads = len(starts[0]) if rows else 1
+    lines = heads // key_heads * count
     wide = torch.promote_types(query.dtype, torch.float32)
     # The queries of a group of heads share their segment and are multiplied together.
-    grouped = (query.to(wide) * scale).reshape(rows, key_heads, heads // key_heads * count, width)
-    out = grouped.new_zeros(*grouped.shape[:3], values.shape[-1])
-    lse = grouped.new_full(grouped.shape[:3], -torch.inf)
-    hidden = torch.ones(count, count - 1, dtype=torch.bool, device=query.device).triu()
-    hidden = hidden.repeat(heads // key_heads, 1)
-    sink = None if sinks is None else sinks.to(wide).repeat_interleave(count).view(key_heads, -1)
-    for row, (places, sizes) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        for head, (start, size) in enumerate(zip(places, sizes, strict=True)):
-            if not size:
-                continue
-            segment = slice(start, start + size)
-            scores = grouped[row, head] @ keys[segment].to(wide).T
-            if softcap is not None:
-                scores = scores.div_(softcap).tanh_().mul_(softcap)
+    grouped = (query.to(wide) * scale).reshape(rows * key_heads, lines, width)
+    segments = [
+        slice(start, start + length)
+        for places, sizes in zip(starts, lengths, strict=True)
+        for start, length in zip(places, sizes, strict=True)
+    ]
+    sizes = [segment.stop - segment.start for segment in segments]
+    even = min(sizes, default=0) == longest
+    shape = (len(segments), lines, longest)
+    scores = grouped.new_empty(shape) if even else grouped.new_full(shape, -torch.inf)
+    for segment, size, rows_of_query, found in zip(segments, sizes, grouped, scores, strict=True):
+        torch.mm(rows_of_query, keys[segment].to(wide).T, out=found[:, :size])
+        if bias is not None and softcap is None:
+            found[:, :size] += bias[segment].to(wide)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        for segment, size, found in zip(segments, sizes, scores, strict=True):
+            found[:, size:] = -torch.inf
             if bias is not None:
-                scores += bias[segment].to(wide)
-            if count > 1:
-                tail = min(size, count - 1)
-                scores[:, size - tail :].masked_fill_(hidden[:, count - 1 - tail :], -torch.inf)
-            top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1)
-            out[row, head] = weights @ values[segment].to(wide) / total.masked_fill(total == 0, 1)[:, None]
-            lse[row, head] = total.log() + top[:, 0]
-    if sink is not None:
-        whole = torch.logaddexp(lse, sink)
-        out *= (lse - whole).exp()[..., None]
+                found[:, :size] += bias[segment].to(wide)
+    if count > 1:
+        hidden = torch.ones(count, count - 1, dtype=torch.bool, device=query.device).triu()
+        hidden = hidden.repeat(heads // key_heads, 1)
+        for size, found in zip(sizes, scores, strict=True):
+            tail = min(size, count - 1)
+            found[:, size - tail : size].masked_fill_(hidden[:, count - 1 - tail :], -torch.inf)
+    lse = scores.new_full((*shape[:2], 1), -torch.inf)
+    out = grouped.new_zeros(*shape[:2], values.shape[-1])
+    if longest:
+        weights, lse = weigh(scores)
+        for segment, size, given, found in zip(segments, sizes, weights, out, strict=True):
+            torch.mm(given[:, :size], values[segment].to(wide), out=found)
+    lse = lse.view(rows, heads, count)
+    out = out.view(rows, heads, count, -1)
+    if sinks is not None:
+        whole = torch.logaddexp(lse, sinks.to(wide)[:, None])
+        out = out * (lse - whole).exp()[..., None]
         lse = whole
-    return out.view(rows, heads, count, -1).to(query.dtype), lse.view(rows, heads, count)
+    return out.to(query.dtype), lse
 
 
 def _check(

@@ -18,6 +18,25 @@ def scores_reference(query: torch.Tensor, key: torch.Tensor, scale: float, softc
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
+def weigh(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the softmax of each row and the logarithm of its sum; of a row that sees nothing, 0 and minus infinity.
+
+    Example:
+        >>> weights, lse = weigh(torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]]))
+        >>> weights, lse.exp()
+        (tensor([[0.5000, 0.5000],
+                [0.0000, 0.0000]]), tensor([[2.],
+                [0.]]))
+    """
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.softmax(-1)
+    empty = top.isneginf()
+    if empty.any():
+        weights.masked_fill_(empty, 0)
+    # The greatest weight is exp(top - lse): finding it is cheaper than adding up exponentials once more.
+    return weights, torch.where(empty, top, top - weights.amax(-1, keepdim=True).log())
+
+
 @jit
 def tanh(x):
     """Return tanh by base-2 exponentials; the error is that of float32 around 1."""
