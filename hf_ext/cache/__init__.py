@@ -9,21 +9,45 @@ from hf_ext.lazy import lazy_attributes
 if TYPE_CHECKING:
     from hf_ext.cache.cache import CompressedCache as CompressedCache
     from hf_ext.cache.entries import Entries as Entries
+    from hf_ext.cache.policies.adakv import AdaKV as AdaKV
+    from hf_ext.cache.policies.h2o import H2O as H2O
+    from hf_ext.cache.policies.keydiff import KeyDiff as KeyDiff
     from hf_ext.cache.policies.knorm import Knorm as Knorm
+    from hf_ext.cache.policies.kvmerger import KVMerger as KVMerger
+    from hf_ext.cache.policies.pyramidkv import PyramidKV as PyramidKV
+    from hf_ext.cache.policies.snapkv import SnapKV as SnapKV
     from hf_ext.cache.policies.streaming_llm import StreamingLLM as StreamingLLM
+    from hf_ext.cache.policies.tova import TOVA as TOVA
     from hf_ext.cache.policy import CachePolicy as CachePolicy
     from hf_ext.cache.policy import Seen as Seen
     from hf_ext.cache.policy import Selection as Selection
+    from hf_ext.cache.trained.dynamic_context_pruning import DynamicContextPruning as DynamicContextPruning
+    from hf_ext.cache.trained.dynamic_context_pruning_model import (
+        DynamicContextPruningModel as DynamicContextPruningModel,
+    )
+    from hf_ext.cache.trained.dynamic_context_pruning_training import (
+        DynamicContextPruningTraining as DynamicContextPruningTraining,
+    )
 
 __getattr__, __all__ = lazy_attributes(
     __name__,
     {
+        "AdaKV": "policies.adakv",
         "CachePolicy": "policy",
         "CompressedCache": "cache",
+        "DynamicContextPruning": "trained.dynamic_context_pruning",
+        "DynamicContextPruningModel": "trained.dynamic_context_pruning_model",
+        "DynamicContextPruningTraining": "trained.dynamic_context_pruning_training",
         "Entries": "entries",
+        "H2O": "policies.h2o",
+        "KVMerger": "policies.kvmerger",
+        "KeyDiff": "policies.keydiff",
         "Knorm": "policies.knorm",
+        "PyramidKV": "policies.pyramidkv",
         "Seen": "policy",
         "Selection": "policy",
+        "SnapKV": "policies.snapkv",
         "StreamingLLM": "policies.streaming_llm",
+        "TOVA": "policies.tova",
     },
 )
