@@ -107,6 +107,10 @@ def test_the_loss_is_that_of_each_row_read_by_the_frozen_model():
             total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             count += int((targets != -100).sum())
     assert abs(float(out.loss) - total / count) < 2e-5, f"loss {float(out.loss)}, of the rows {total / count}"
+    longest = {name: batch[name][row:][:1] for row in [batch["attention_mask"].sum(-1).argmax()] for name in batch}
+    bare = {n: longest[n][:, 1:] if n in ("input_ids", "attention_mask", "labels") else longest[n] for n in longest}
+    assert bare["attention_mask"].all()
+    close(model(**bare).loss, model(**longest).loss, "without a column before the first token", tolerance=1e-5)
     summed = model(**batch, num_items_in_batch=torch.tensor(10)).loss.detach()
     assert abs(float(summed) - total / 10) < 2e-4
 
