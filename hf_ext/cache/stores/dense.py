@@ -46,7 +46,14 @@ class DenseStore:
             return self.length > min(allowed)
         return any(self.length - none > most for none, most in zip(self.holes, allowed, strict=True))
 
-    def append(self, keys: Tensor, values: Tensor, columns: Tensor, real: Tensor | None) -> None:
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        columns: Tensor,
+        real: Tensor | None,
+        fields: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add new tokens.
 
         Args:
@@ -54,6 +61,7 @@ class DenseStore:
             values: `(rows, key heads, q, value width)`.
             columns: `(q,)` int32.
             real: `(rows, q)` bool, False for padding; None if all are real.
+            fields: `(rows, key heads, q, ...)` each, those of the new tokens that do not begin with 0.
         """
         rows, heads, count = keys.shape[:3]
         numbers = columns.view(1, 1, -1).expand(rows, heads, -1)
@@ -62,7 +70,11 @@ class DenseStore:
             none = (~real).sum(1).tolist()
             self.holes = [a + b for a, b in zip(self.holes or [0] * rows, none, strict=True)]
         new = {"keys": keys, "values": values, "columns": numbers}
-        new |= {name: keys.new_zeros(rows, heads, count, dtype=torch.float32) for name in self.field_names}
+        fields = fields or {}
+        new |= {
+            name: fields[name] if name in fields else keys.new_zeros(rows, heads, count, dtype=torch.float32)
+            for name in self.field_names
+        }
         if not self.buffers:
             self.buffers = dict(new)
             self.length = count

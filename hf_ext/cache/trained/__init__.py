@@ -1,0 +1,1 @@
+"""Small trained parts that make a stock model drop tokens for good."""
