@@ -13,6 +13,16 @@ PLUGINS: tuple[Plugin, ...] = (
         "model.generate(**inputs, past_key_values=CompressedCache(model.config, policy))",
     ),
     Plugin(
+        name="expected-attention",
+        kind="cache",
+        summary="Keep what queries to come are expected to attend to, by the distribution of those so far.",
+        target="hf_ext.cache.policies.expected_attention:ExpectedAttention",
+        paper="Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution "
+        "(arXiv:2510.00636)",
+        example="policy = ExpectedAttention.of(model, budget=0.25)\n"
+        "model.generate(**inputs, past_key_values=CompressedCache(model.config, policy))",
+    ),
+    Plugin(
         name="h2o",
         kind="cache",
         summary="Keep what got most attention from all queries so far, and the last tokens.",
@@ -29,12 +39,33 @@ PLUGINS: tuple[Plugin, ...] = (
         example="model.generate(**inputs, past_key_values=CompressedCache(model.config, KeyDiff(budget=0.5)))",
     ),
     Plugin(
+        name="kvmerger",
+        kind="cache",
+        summary="Merge neighbours with similar keys into one entry, a weighted mean that counts as many as it stands for.",
+        target="hf_ext.cache.policies.kvmerger:KVMerger",
+        paper="Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs (arXiv:2407.08454)",
+        covers=("kvmerger",),
+        claims="hf_ext.claims.kvmerger:CLAIMS",
+        example="model.generate(**inputs, past_key_values=CompressedCache(model.config, KVMerger(budget=0.5)))",
+    ),
+    Plugin(
         name="pyramidkv",
         kind="cache",
         summary="SnapKV with more budget for the lower layers than for the upper ones.",
         target="hf_ext.cache.policies.pyramidkv:PyramidKV",
         paper="PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling (arXiv:2406.02069)",
         example="model.generate(**inputs, past_key_values=CompressedCache(model.config, PyramidKV(budget=0.25)))",
+    ),
+    Plugin(
+        name="q-filters",
+        kind="cache",
+        summary="Keep the keys that lie in the direction of the queries, fitted once from any text.",
+        target="hf_ext.cache.policies.q_filters:QFilters",
+        paper="Q-Filters: Leveraging QK Geometry for Efficient KV Cache Compression (arXiv:2503.02812)",
+        covers=("q-filters",),
+        example="policy = QFilters(filters=QFilters.fit(model, texts, tokenizer), budget=0.25)\n"
+        "model.generate(**inputs, past_key_values=CompressedCache(model.config, policy))",
+        claims="hf_ext.claims.q_filters:CLAIMS",
     ),
     Plugin(
         name="snapkv",
@@ -53,6 +84,14 @@ PLUGINS: tuple[Plugin, ...] = (
         example="model.generate(**inputs, past_key_values=CompressedCache(model.config, TOVA(budget=0.5)))",
     ),
     Plugin(
+        name="kivi",
+        kind="cache",
+        summary="Keep everything in a few bits: keys channel by channel, values token by token, the last ones as they are.",
+        target="hf_ext.cache.policies.kivi:KIVI",
+        paper="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv:2402.02750)",
+        example="model.generate(**inputs, past_key_values=CompressedCache(model.config, KIVI(bits=4)))",
+    ),
+    Plugin(
         name="knorm",
         kind="cache",
         summary="Keep the keys of the smallest norm; looks at nothing but keys.",
@@ -67,5 +106,17 @@ PLUGINS: tuple[Plugin, ...] = (
         target="hf_ext.cache.policies.streaming_llm:StreamingLLM",
         paper="Efficient Streaming Language Models with Attention Sinks (arXiv:2309.17453)",
         example="model.generate(**inputs, past_key_values=CompressedCache(model.config, StreamingLLM(budget=512)))",
+    ),
+    Plugin(
+        name="icae",
+        kind="compressor",
+        summary="An adapter writes a context into a few slots that the untouched model reads in its place; trained by "
+        "the stock Trainer, cached as a prefix.",
+        target="hf_ext.cache.soft.icae:ICAEModel",
+        paper="In-context Autoencoder for Context Compression in a Large Language Model (arXiv:2307.06945)",
+        covers=("icae",),
+        claims="hf_ext.claims.icae:CLAIMS",
+        example="model = ICAEModel.from_pretrained(model, 'path/of/the/adapter')\n"
+        "model.generate(context_ids=context_ids, input_ids=input_ids)",
     ),
 )
