@@ -148,7 +148,8 @@ def attention(
         output, lse, sums = attend_with_kernels(
             query, key, value, attention_mask, causal, scaling, softcap, s_aux, statistics
         )
-        by_definition, wanted = output_attentions, {"output": False, "weights": True}
+        by_definition = output_attentions
+        wanted = {"output": False, "weights": True, "lse": False, "column_sums": False}
     else:
         if by_sdpa:
             output, _ = _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
@@ -211,7 +212,8 @@ def _attend_to_cache(
             note(outer, module, call.lse, call.column_sums if outer.column_sums else None)
         return output, weights, call.column_sums
 
-    return layer.attend(module, query, mask, options["scaling"], attend, options["softcap"], options["s_aux"])
+    plain = options["output_attentions"] or options["dropout"] > 0 or STATISTICS in module.__dict__
+    return layer.attend(module, query, mask, options["scaling"], attend, options["softcap"], options["s_aux"], plain)
 
 
 def _sdpa(
@@ -271,6 +273,13 @@ def _by_definition(
         else:
             seen = seen + bias
         causal = False
+    if wanted["column_sums"] and not (wanted["output"] or wanted["weights"] or wanted["lse"]):
+        from hf_ext.attention.columns import column_sums
+
+        mask = seen if seen is None or isinstance(seen, torch.Tensor) else seen.dense()
+        with torch.no_grad():
+            sums = column_sums(query, key, mask=mask, causal=causal, scale=scaling, softcap=softcap, sinks=sinks)
+        return exact.Attended(column_sums=sums)
     with torch.set_grad_enabled((wanted["output"] or wanted["weights"]) and torch.is_grad_enabled()):
         return exact.attend(
             query, key, value, mask=seen, causal=causal, scale=scaling, softcap=softcap, sinks=sinks, dropout=dropout,

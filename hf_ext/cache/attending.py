@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.packed import is_packed, pack, unpack
@@ -86,7 +86,7 @@ def visible(layer: CompressedLayer, given: Given, before: int, query: Tensor) ->
     windowed = layer.window is not None
     if count == 1 and not store.holes and bias is None and not windowed and not given.whole and given.real is None:
         return None
-    plain = bias is None and not windowed and not given.whole and count > 1
+    plain = bias is None and not windowed and not given.whole and count > 1 and not layer.policy.gated
     if plain and (given.mask is None or is_packed(given.mask)) and runs_kernels(query.device):
         return _packed(layer, given, before, query)
     columns = store.columns  # type: ignore[union-attr]
@@ -124,6 +124,43 @@ def visible(layer: CompressedLayer, given: Given, before: int, query: Tensor) ->
         least = torch.finfo(query.dtype).min
         mask = torch.where(mask, added, least) if mask.dtype == torch.bool else (mask + added).clamp(min=least)
     return mask if mask.shape[1] == 1 else _heads(mask, query.shape[1])
+
+
+def gated(layer: CompressedLayer, mask: Tensor | None, given: Given, query: Tensor, module: nn.Module) -> Tensor:
+    """Return the mask of a pass with what the policy's gate hides besides, and note what the gate says of entries.
+
+    Args:
+        layer: with the new tokens stored already.
+        mask: what `visible` returned.
+        given: what the pass's mask says.
+        query: `(rows, heads, q, width)`.
+        module: the attention layer.
+    """
+    entries, count = layer.entries(), query.shape[2]
+    columns = torch.arange(layer.seen - count, layer.seen, device=query.device)
+    told = layer.cache.seen_of(layer, query_columns=columns, query_real=given.real, module=module)
+    gate, fields = layer.policy.gate(entries, told)
+    layer.store.note(fields)
+    return hide(mask, ~gate, query, entries.keys)
+
+
+def hide(mask: Tensor | None, hidden: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return a mask that hides more than the given one.
+
+    Args:
+        mask: None (each query sees what is before it), dense, or a packed structure.
+        hidden: `(rows, 1 or heads, q, n)` bool, True for what is to be hidden.
+        query: `(rows, heads, q, width)`.
+        key: `(rows, key heads, n, width)`.
+
+    Returns:
+        Dense: bool, or added to the scores if the given one was.
+    """
+    if mask is not None and not is_packed(mask) and mask.is_floating_point():
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+    from hf_ext.attention.intercept import visible as as_bool
+
+    return as_bool(mask, query, key) & ~hidden
 
 
 def _heads(mask: Tensor, heads: int) -> Tensor:
@@ -225,6 +262,8 @@ def seen(layer: CompressedLayer, passes: Sequence[Pass]) -> Seen:
     sums = last.column_sums if len(passes) == 1 else None
     if policy.column_sums and sums is None:
         sums = _column_sums(layer, passes)
+    if sums is not None:
+        sums = sums[..., sums.shape[-1] - len(layer.open_entries()) :]  # packed entries are no matter of the policy's
     queries = real = columns = None
     if policy.queries:
         parts = [step.queries for step in passes if step.queries is not None]
@@ -251,7 +290,7 @@ def seen(layer: CompressedLayer, passes: Sequence[Pass]) -> Seen:
 
 def _column_sums(layer: CompressedLayer, passes: Sequence[Pass]) -> Tensor:
     """Return what the entries got of the attention of the passes' queries, which see what is not later than they."""
-    from hf_ext.attention.exact import attend
+    from hf_ext.attention.columns import column_sums
 
     entries = layer.entries()
     queries = [step.queries for step in passes if step.queries is not None]
@@ -261,9 +300,8 @@ def _column_sums(layer: CompressedLayer, passes: Sequence[Pass]) -> Tensor:
     if layer.window is not None:
         mask &= entries.columns[:, :, None] > (own - layer.window)[:, None]
     groups = query.shape[1] // entries.keys.shape[1]
-    found = attend(
-        query, entries.keys, entries.values, mask=mask.repeat_interleave(groups, dim=1), scale=passes[-1].scale,
-        softcap=passes[-1].softcap, output=False, column_sums=True,
-    )  # fmt: skip
-    assert found.column_sums is not None
-    return found.column_sums
+    with torch.no_grad():
+        return column_sums(
+            query, entries.keys, mask=mask.repeat_interleave(groups, dim=1), scale=passes[-1].scale,
+            softcap=passes[-1].softcap, sinks=passes[-1].sinks,
+        )  # fmt: skip
