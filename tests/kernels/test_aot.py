@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_ext.kernels import configs
+from hf_ext.kernels import cache_launches, configs
 from hf_ext.kernels.aot import ARCHITECTURES, DTYPES, Case, cases, compile_case, specialization
 from hf_ext.kernels.launches import launch
 
@@ -29,6 +29,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is there
         Case("hopper", "decode", 128, "bfloat16", "structure"),
         Case("ampere", "column_sums", 128, "bfloat16", "causal"),
         Case("hopper", "row_products", 64, "float32", "causal"),
+        Case("ampere", "compact", 128, "bfloat16", "ragged"),
+        Case("hopper", "ragged", 64, "bfloat16", "bias"),
+        Case("ampere", "packed", 64, "bfloat16", "2 bits"),
+        Case("hopper", "merge_entries", 64, "bfloat16", "masses"),
     ],
     ids=str,
 )
@@ -51,6 +55,16 @@ def test_another_length_compiles_nothing_new(operation: str, structured: bool) -
             found[keys] = str((signature, constants, attributes, options))
     assert len(found) >= 4
     assert len(set(found.values())) == 1, f"{len(set(found.values()))} compilations for lengths {list(found)}"
+
+
+@pytest.mark.parametrize("operation", configs.CACHE_OPERATIONS)
+def test_another_length_of_a_cache_compiles_nothing_new(operation: str) -> None:
+    found = set()
+    for variant in cache_launches.VARIANTS[operation]:
+        for tokens in (64, 65, 1000, 4096, 100_003):
+            made = cache_launches.launch(operation, 128, torch.bfloat16, "hopper", variant, tokens=tokens)
+            found.add(str(specialization(made, 90)))
+    assert len(found) == len(cache_launches.VARIANTS[operation]), f"{len(found)} compilations"
 
 
 def test_what_makes_another_kernel_compiles_another() -> None:

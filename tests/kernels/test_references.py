@@ -13,6 +13,11 @@ from hf_ext.attention import AttentionStructure
 from hf_ext.kernels import configs
 from hf_ext.kernels.attention import attention, attention_reference
 from hf_ext.kernels.column_sums import column_sums_reference
+from hf_ext.kernels.compaction import compact, compact_ragged
+from hf_ext.kernels.merge_entries import merge_entries
+from hf_ext.kernels.packed_attention import packed_attention
+from hf_ext.kernels.packing import quantise_keys, quantise_values
+from hf_ext.kernels.ragged_attention import ragged_attention
 
 
 def tensors(heads: int = 4, key_heads: int = 2, queries: int = 9, keys: int = 14) -> list[torch.Tensor]:
@@ -88,11 +93,16 @@ def test_references_work_without_triton_and_kernels_say_what_is_missing() -> Non
         import sys
         sys.modules["triton"] = None  # as if it were not installed
         import torch, hf_ext
-        from hf_ext.kernels import attention, column_sums, decode_attention, merge
+        from hf_ext.kernels import attention, column_sums, compaction, decode_attention, merge, merge_entries
+        from hf_ext.kernels import packed_attention, ragged_attention
         q = torch.randn(1, 2, 3, 16)
         out, lse = attention.attention_reference(q, q, q, causal=True)
         assert column_sums.column_sums_reference(q, q, lse, causal=True).shape == (1, 2, 3)
         assert decode_attention.decode_attention_reference(q, q, q, causal=True)[0].shape == q.shape
+        one = torch.ones(1, 2, 3, dtype=torch.int64)
+        assert compaction.compact_reference((q,), one)[0].shape == q.shape
+        segments = torch.tensor([[0, 3]]), torch.tensor([[3, 3]])
+        assert ragged_attention.ragged_attention_torch(q, q[0].flatten(0, 1), q[0].flatten(0, 1), *segments)[0].any()
         try:
             attention.attention(q, q, q, causal=True)
         except RuntimeError as error:
@@ -104,6 +114,22 @@ def test_references_work_without_triton_and_kernels_say_what_is_missing() -> Non
     command = [sys.executable, "-c", textwrap.dedent(code)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert found.stdout.strip() == "without triton", found.stdout + found.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there for Linux only")
+def test_kernels_of_caches_say_that_they_need_a_gpu() -> None:
+    keys = torch.randn(1, 2, 8, 16)
+    numbers, segments = torch.zeros(1, 2, 8, dtype=torch.int64), torch.full((1, 2), 8)
+    packed = (*quantise_keys(keys, 4, 8), *quantise_values(keys, 4, 8))
+    for launch in (
+        lambda: compact((keys,), numbers),
+        lambda: compact_ragged((keys,), numbers, segments),
+        lambda: ragged_attention(keys[:, :, :1], keys[0, 0], keys[0, 0], segments * 0, segments),
+        lambda: packed_attention(keys[:, :, :1], *packed, bits=4),
+        lambda: merge_entries(keys, keys, keys[..., 0], numbers, 1),
+    ):
+        with pytest.raises(RuntimeError, match="run on a GPU, and the input is on cpu"):
+            launch()
 
 
 def test_importing_the_package_and_its_structures_imports_no_triton() -> None:
@@ -122,6 +148,9 @@ def test_there_is_a_configuration_for_every_class() -> None:
                     assert found.keys >= 16
                     assert 128 % found.queries == 0, "blocks divide those of a structure's table"
                     assert 128 % found.keys == 0
+        for operation in configs.CACHE_OPERATIONS:
+            for width in (16, 80, 256):
+                assert {configs.entry(kind, operation, width, size).keys % 16 for size in (2, 4)} == {0}
 
 
 def test_few_queries_have_configurations_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hf_ext.kernels.packing import quantise_keys, quantise_values
 
 
 def problem(
-    bits: int = 4, tokens: int = 96, group: int = 32, value_group: int = 16, heads: int = 4, key_heads: int = 2,
+    bits: int = 4, tokens: int = 64, group: int = 32, value_group: int = 16, heads: int = 4, key_heads: int = 2,
     queries: int = 1, width: int = 32, value_width: int | None = None, dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Return query, and keys and values as they are packed; keys are off zero by channels."""
@@ -39,12 +39,11 @@ def compare(tensors: list[torch.Tensor], bound: float = 4e-6, **options: Any) ->
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("queries", [1, 9])
-def test_bits(bits: int, queries: int) -> None:
-    compare(problem(bits, queries=queries), bits=bits)
+def test_bits(bits: int) -> None:
+    compare(problem(bits), bits=bits)
 
 
-@pytest.mark.parametrize(("tokens", "group"), [(96, 32), (96, 16), (99, 11), (40, 8), (7, 7), (100, 50), (3, 1)])
+@pytest.mark.parametrize(("tokens", "group"), [(64, 16), (55, 11), (7, 7), (100, 50), (3, 1)])
 def test_groups_of_tokens(tokens: int, group: int) -> None:
     compare(problem(tokens=tokens, group=group), bits=4)
 
@@ -57,17 +56,17 @@ def test_widths(width: int, value_width: int, value_group: int) -> None:
 
 @pytest.mark.parametrize("key_heads", [1, 4])
 def test_heads_of_a_group_share_what_is_packed(key_heads: int) -> None:
-    compare(problem(key_heads=key_heads, queries=3), bits=4)
+    compare(problem(tokens=32, key_heads=key_heads, queries=9), bits=4)
 
 
 def test_hidden_entries_soft_caps_and_masses() -> None:
     tensors = problem(queries=2)
-    visible = torch.rand(2, 2, 96, generator=torch.Generator().manual_seed(1)) < 0.5
-    visible[0, :, :40] = False
+    visible = torch.rand(2, 2, 64, generator=torch.Generator().manual_seed(1)) < 0.5
+    visible[0, :, :25] = False
     visible[1, 1] = False
     compare(tensors, bits=4, visible=visible)
     compare(tensors, bits=4, softcap=2.0, bound=1e-5)
-    compare(tensors, bits=4, bias=torch.randint(1, 5, (2, 2, 96)).float().log(), visible=visible, scale=0.3)
+    compare(tensors, bits=4, bias=torch.randint(1, 5, (2, 2, 64)).float().log(), visible=visible, scale=0.3)
 
 
 def test_parts_of_larger_stores() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hf_ext.kernels.ragged_attention import ragged_attention, ragged_attention_reference
 
-LENGTHS = [[50, 1], [17, 83], [3, 0]]
+LENGTHS = [[35, 1], [17, 67], [3, 0]]
 
 
 def ragged(
@@ -54,7 +54,7 @@ def test_queries_of_a_group_share_a_segment(group: int, queries: int) -> None:
 
 
 def test_more_queries_than_a_program_has_and_than_some_segments_have_entries() -> None:
-    compare(ragged(queries=40))
+    compare(ragged([[50, 3]], queries=20))
 
 
 def test_starts_of_32_bits() -> None:
