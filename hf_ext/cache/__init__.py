@@ -10,17 +10,22 @@ if TYPE_CHECKING:
     from hf_ext.cache.cache import CompressedCache as CompressedCache
     from hf_ext.cache.entries import Entries as Entries
     from hf_ext.cache.policies.adakv import AdaKV as AdaKV
+    from hf_ext.cache.policies.expected_attention import ExpectedAttention as ExpectedAttention
+    from hf_ext.cache.policies.filters import Filters as Filters
     from hf_ext.cache.policies.h2o import H2O as H2O
     from hf_ext.cache.policies.keydiff import KeyDiff as KeyDiff
+    from hf_ext.cache.policies.kivi import KIVI as KIVI
     from hf_ext.cache.policies.knorm import Knorm as Knorm
     from hf_ext.cache.policies.kvmerger import KVMerger as KVMerger
     from hf_ext.cache.policies.pyramidkv import PyramidKV as PyramidKV
+    from hf_ext.cache.policies.q_filters import QFilters as QFilters
     from hf_ext.cache.policies.snapkv import SnapKV as SnapKV
     from hf_ext.cache.policies.streaming_llm import StreamingLLM as StreamingLLM
     from hf_ext.cache.policies.tova import TOVA as TOVA
     from hf_ext.cache.policy import CachePolicy as CachePolicy
     from hf_ext.cache.policy import Seen as Seen
     from hf_ext.cache.policy import Selection as Selection
+    from hf_ext.cache.quantisation import Quantisation as Quantisation
     from hf_ext.cache.trained.dynamic_context_pruning import DynamicContextPruning as DynamicContextPruning
     from hf_ext.cache.trained.dynamic_context_pruning_model import (
         DynamicContextPruningModel as DynamicContextPruningModel,
@@ -39,11 +44,16 @@ __getattr__, __all__ = lazy_attributes(
         "DynamicContextPruningModel": "trained.dynamic_context_pruning_model",
         "DynamicContextPruningTraining": "trained.dynamic_context_pruning_training",
         "Entries": "entries",
+        "ExpectedAttention": "policies.expected_attention",
+        "Filters": "policies.filters",
         "H2O": "policies.h2o",
+        "KIVI": "policies.kivi",
         "KVMerger": "policies.kvmerger",
         "KeyDiff": "policies.keydiff",
         "Knorm": "policies.knorm",
         "PyramidKV": "policies.pyramidkv",
+        "QFilters": "policies.q_filters",
+        "Quantisation": "quantisation",
         "Seen": "policy",
         "Selection": "policy",
         "SnapKV": "policies.snapkv",

@@ -86,7 +86,7 @@ PLUGINS: tuple[Plugin, ...] = (
     Plugin(
         name="kivi",
         kind="cache",
-        summary="Keep everything in a few bits: keys channel by channel, values token by token, the last ones as they are.",
+        summary="Keep everything in a few bits: keys by channel, values by token, the last ones as they are.",
         target="hf_ext.cache.policies.kivi:KIVI",
         paper="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv:2402.02750)",
         example="model.generate(**inputs, past_key_values=CompressedCache(model.config, KIVI(bits=4)))",
@@ -108,6 +108,18 @@ PLUGINS: tuple[Plugin, ...] = (
         example="model.generate(**inputs, past_key_values=CompressedCache(model.config, StreamingLLM(budget=512)))",
     ),
     Plugin(
+        name="autocompressor",
+        kind="compressor",
+        summary="A model sums up each segment of a text in a few vectors and reads them before all later segments; "
+        "trained whole or by adapters, by the stock Trainer.",
+        target="hf_ext.cache.soft.autocompressor:AutoCompressor",
+        paper="Adapting Language Models to Compress Contexts (arXiv:2305.14788)",
+        covers=("autocompressor",),
+        claims="hf_ext.claims.autocompressor:CLAIMS",
+        example="model = AutoCompressor(summary_tokens=50).convert(model)\n"
+        "Trainer(model, args, train_dataset=texts, data_collator=SegmentCollator()).train()",
+    ),
+    Plugin(
         name="icae",
         kind="compressor",
         summary="An adapter writes a context into a few slots that the untouched model reads in its place; trained by "
@@ -118,5 +130,17 @@ PLUGINS: tuple[Plugin, ...] = (
         claims="hf_ext.claims.icae:CLAIMS",
         example="model = ICAEModel.from_pretrained(model, 'path/of/the/adapter')\n"
         "model.generate(context_ids=context_ids, input_ids=input_ids)",
+    ),
+    Plugin(
+        name="dynamic-context-pruning",
+        kind="cache",
+        summary="Drop for good what small trained parts of a stock model say that nobody needs any more.",
+        target="hf_ext.cache.trained.dynamic_context_pruning:DynamicContextPruning",
+        paper="Dynamic Context Pruning for Efficient and Interpretable Autoregressive Transformers (arXiv:2305.15805)",
+        covers=("dynamic-context-pruning",),
+        claims="hf_ext.claims.dynamic_context_pruning:CLAIMS",
+        example="model = DynamicContextPruningModel(model, LoraConfig(r=8, target_modules='all-linear'))\n"
+        "Trainer(model, args, train_dataset=data, callbacks=[DynamicContextPruningTraining()]).train()\n"
+        "model.eval().generate(**inputs)",
     ),
 )
