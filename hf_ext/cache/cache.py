@@ -18,6 +18,8 @@ from hf_ext.cache.budget import check_budget
 from hf_ext.cache.entries import Entries
 from hf_ext.cache.layer import CompressedLayer
 from hf_ext.cache.policy import CachePolicy, Seen
+from hf_ext.cache.quantisation import Quantisation
+from hf_ext.cache.stores.packed import PackedStore
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,6 +41,9 @@ class CompressedCache(Cache):
         attention_mask: `(rows, tokens)` of the first prompt; only needed for padded batches where the model's
             attention is not `"hf_ext"`, as a cache is not told about padding.
         offloading: whether layers that are not in use are moved to the CPU.
+        quantise: how older entries are packed into a few bits each, or the number of bits (2, 4 or 8); by default
+            they are not, unless the policy does it. With a policy that drops entries, which it may do at prefill
+            only: what is packed is never dropped, and the budget counts it.
 
     Raises:
         ValueError: a policy or budgets that do not suit the model; when the model runs, what its attention
@@ -64,6 +69,7 @@ class CompressedCache(Cache):
         sliding: Literal["keep", "compress"] | None = None,
         attention_mask: Tensor | None = None,
         offloading: bool = False,
+        quantise: Quantisation | int | None = None,
     ) -> None:
         if not isinstance(policy, CachePolicy):
             raise ValueError(
@@ -83,6 +89,13 @@ class CompressedCache(Cache):
             raise ValueError(f"sliding must be 'keep' or 'compress', got {sliding!r}")
         if sliding is None:
             sliding = "compress" if all(windows) else "keep"
+        self.quantise = Quantisation(bits=quantise) if isinstance(quantise, int) else quantise
+        #: Whether it was said that keys do not survive.
+        self.warned = False
+        if self.quantise is None:
+            self.quantise = policy.quantise()
+        elif policy.quantise() not in (None, self.quantise):
+            raise ValueError(f"{policy!r} says how to quantise itself; leave quantise={quantise!r} out")
         if sliding == "compress" and policy.storage == "ragged" and any(windows):
             raise ValueError(
                 f"{type(policy).__name__} keeps other tokens in every head, and layers with a sliding window cannot; "
@@ -110,7 +123,30 @@ class CompressedCache(Cache):
             for budget in layer_budgets:
                 check_budget(budget)
         self.layer_budgets = None if layer_budgets is None else list(layer_budgets)
+        self._check_quantise(any(layer.window is not None for layer in layers if isinstance(layer, CompressedLayer)))
         super().__init__(layers=layers, offloading=offloading)
+
+    def _check_quantise(self, slides: bool) -> None:
+        """Raise what does not go with packed entries."""
+        if self.quantise is None:
+            return
+        policy, kind = self.policy, type(self.policy).__name__
+        budgets = [self.budget_of(number) for number in range(self.compressed)]
+        drops = any(isinstance(budget, int) or budget < 1 for budget in budgets)
+        if policy.storage == "ragged":
+            reason = f"{kind} keeps other tokens in every head, and keys are packed in groups of tokens"
+        elif policy.gated:
+            reason = f"{kind} may drop any token at any time, and packed ones are never dropped"
+        elif slides:
+            reason = "layers with a sliding window drop tokens as they go, and packed ones are never dropped"
+        elif drops and policy.when != "prefill":
+            reason = (
+                f"{kind} drops while decoding (when={policy.when!r}), and packed entries are never dropped: give it "
+                "when='prefill'"
+            )
+        else:
+            return
+        raise ValueError(f"quantised storage cannot be combined with this: {reason}")
 
     # What a user asks.
 
@@ -228,12 +264,16 @@ class CompressedCache(Cache):
             reason = f"{kind} looks at queries or attention"
         elif policy.storage == "ragged":
             reason = f"{kind} keeps another number of tokens in every head"
+        elif policy.gated:
+            reason = f"{kind} decides for every query what it sees"
         elif policy.biased:
             reason = f"{kind} adds to the scores of what it has merged"
         elif layer.window is not None:
             reason = "layers with a sliding window are compressed"
         elif len({str(self.budget_of(number)) for number in range(self.compressed)}) > 1:
             reason = "layers have different budgets"
+        elif isinstance(layer.store, PackedStore) and layer.seen > len(layer.store) and layer.store.scattered():
+            reason = "rows of different lengths have dropped different numbers of tokens behind packed ones"
         if reason is not None:
             raise ValueError(
                 f"{reason}, which attn_implementation={name!r} does not know of; load the model with "

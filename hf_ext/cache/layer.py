@@ -27,6 +27,7 @@ from hf_ext.cache.budget import tokens_of
 from hf_ext.cache.entries import Entries
 from hf_ext.cache.policy import CachePolicy, Selection
 from hf_ext.cache.stores.dense import DenseStore
+from hf_ext.cache.stores.packed import PackedStore
 from hf_ext.cache.stores.ragged import RaggedStore
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        policy = self.policy
-        self.store = (RaggedStore if policy.storage == "ragged" else DenseStore)(policy.field_names())
+        self.store = self._empty_store()
+        #: Whether it is known what becomes of attention when keys are quantised.
+        self.guarded = False
         self.is_initialized = False
         #: Tokens seen, padding included, and of each row the padding among them.
         self.seen = 0
@@ -99,6 +101,12 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self.queries: Tensor | None = None
         self.query_real: Tensor | None = None
         self._new: tuple[Tensor, Tensor] | None = None
+
+    def _empty_store(self) -> DenseStore | PackedStore | RaggedStore:
+        fields = self.policy.field_names()
+        if self.cache.quantise is not None:
+            return PackedStore(fields, self.cache.quantise)
+        return (RaggedStore if self.policy.storage == "ragged" else DenseStore)(fields)
 
     @property
     def policy(self) -> CachePolicy:
@@ -122,6 +130,12 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         padding = torch.tensor(self.pads, dtype=torch.int64, device=self.device)
         return self.store.entries(self.seen, padding)
 
+    def open_entries(self) -> Entries:
+        """Return what the policy may still drop or merge: all that is held, but for what is packed."""
+        if not isinstance(self.store, PackedStore):
+            return self.entries()
+        return self.store.open_entries(self.seen, torch.tensor(self.pads, dtype=torch.int64, device=self.device))
+
     def allowance(self) -> list[int]:
         """Return how many entries each head of each row may hold."""
         return tokens_of(self.cache.budget_of(self.number), self.tokens)
@@ -134,6 +148,8 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     def nominal_bytes(self) -> int:
         """Return the bytes of keys and values that the budget allows for what was seen."""
+        if isinstance(self.store, PackedStore):
+            return self.store.nominal_bytes(self.allowance())
         keys, values = self.store.buffers["keys"], self.store.buffers["values"]
         heads = keys.shape[1] if keys.ndim == 4 else self.store.lengths.shape[1]  # type: ignore[union-attr]
         entry = heads * (keys.shape[-1] * keys.itemsize + values.shape[-1] * values.itemsize)
@@ -241,8 +257,9 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         wanted = torch.arange(self.seen - count, self.seen, device=self.device)
         if count > len(self.store) or not bool((self.store.last_columns(count) == wanted).all()):
             raise ValueError(
-                f"cannot forget the last {count} tokens: some of them were dropped or are padding. Call "
-                "activate_past_recording() before the step, or give the policy a window of at least as many tokens"
+                f"cannot forget the last {count} tokens: some of them were dropped, are packed or are padding. Call "
+                "activate_past_recording() before the step, or give the policy a window (or quantise a residual) of at "
+                "least as many tokens"
             )
         recorded = sum(step.count for step in self.pending)
         if count > recorded and self.policy.field_names() and "bias" not in self.policy.field_names():
@@ -319,6 +336,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         attend: Attend,
         softcap: float | None,
         sinks: Tensor | None,
+        plain: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to all that is held, and settle the pass.
 
@@ -331,11 +349,12 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
                 `(rows, q, heads, width)`, the weights or None, and the sums of the columns if they are wanted.
             softcap: of the scores.
             sinks: `(heads,)`.
+            plain: whether `attend` has to be called, because it returns weights, drops some or notes statistics.
 
         Returns:
             `(rows, q, heads, width)`, and the weights over what is held if `attend` returns some.
         """
-        from hf_ext.cache import attending
+        from hf_ext.cache import attending, attending_packed
 
         assert self._new is not None
         (keys, values), self._new = self._new, None
@@ -347,7 +366,10 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         step.sinks = sinks
         at_once = policy.column_sums and not self.record_past
         weights = None
-        if not isinstance(self.store, RaggedStore):
+        if isinstance(self.store, PackedStore) and attending_packed.reads_codes(self.store, query, given, plain):
+            output, sums = attending_packed.attend_packed(self.store, query, given, step.scale, softcap, sinks)
+            step.column_sums = sums if at_once else None
+        elif not isinstance(self.store, RaggedStore):
             seen = attending.visible(self, given, held, query)
             if policy.gated:
                 seen = attending.gated(self, seen, given, query, module)
@@ -361,6 +383,10 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         if last and (policy.queries or policy.column_sums):
             step.queries = query[:, :, -last:].detach()
             step.real = None if given.real is None else given.real[:, -last:]
+        if self.cache.quantise is not None and self.cache.quantise.guard and not self.guarded:
+            from hf_ext.cache.sensitivity import guard
+
+            self.guarded = guard(self, query, keys, given.real, step.scale)
         self._finish(step)
         return output, weights
 
@@ -391,7 +417,12 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         return sum(step.count for step in passes) == self.seen and self.seen > 1
 
     def _settle(self, passes: list[Pass], prefill: bool) -> None:
-        """Let the policy look at what attention did, and drop what is too much."""
+        """Let the policy look at what attention did, drop what is too much, and pack what is old enough."""
+        self._drop(passes, prefill)
+        if isinstance(self.store, PackedStore):
+            self.store.flush()
+
+    def _drop(self, passes: list[Pass], prefill: bool) -> None:
         policy = self.policy
         due = policy.when == "both" or policy.when == ("prefill" if prefill else "decode")
         if not due and not policy.column_sums:
@@ -402,13 +433,15 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
         seen = attending.seen(self, passes) if policy.queries or policy.column_sums else None
         if seen is not None and policy.column_sums:
-            self.store.note(policy.observe(self.entries(), seen))
+            self.store.note(policy.observe(self.open_entries(), seen))
         keep = self.allowance()
         allowed = keep if prefill else [count + policy.slack(count) for count in keep]
         if due and (policy.gated or self.store.surplus(allowed)):
             if not self.cache.by_backend():
                 self.cache.check_rows(self, keep)
-            entries = self.entries()
+            if isinstance(self.store, PackedStore):
+                keep = self.store.left(keep)
+            entries = self.open_entries()
             seen = self.cache.seen_of(self, module=passes[-1].module) if seen is None else seen
             outcome = policy.compress(entries, seen, torch.tensor(keep, device=entries.keys.device))
             if isinstance(outcome, Selection):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_ext.cache.budget import check_budget
 from hf_ext.cache.entries import NOTHING, Entries
+from hf_ext.cache.quantisation import Quantisation
 
 When = Literal["prefill", "decode", "both"]
 
@@ -21,8 +22,9 @@ class Seen:
     """What a layer's attention has just done, for policies that need to know.
 
     Args:
-        layer: number of the layer.
+        layer: number of the layer among those that are compressed.
         layers: number of layers that are compressed.
+        model_layer: number of the layer in the model, where layers that are not compressed count, too.
         queries: `(rows, heads, q, width)`, the last queries that the policy asked for, after rotation; None for a
             policy that needs none.
         query_columns: `(q,)` int64, the columns of these queries.
@@ -37,6 +39,7 @@ class Seen:
 
     layer: int
     layers: int
+    model_layer: int = 0
     queries: Tensor | None = None
     query_columns: Tensor | None = None
     query_real: Tensor | None = None
@@ -92,6 +95,8 @@ class CachePolicy:
     storage: ClassVar[Literal["dense", "ragged"]] = "dense"
     #: Whether entries carry a field "bias" that attention adds to their scores.
     biased: ClassVar[bool] = False
+    #: Whether it says, before attention, which entries each new query sees; `arriving` and `gate` are called then.
+    gated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -129,6 +134,35 @@ class CachePolicy:
         """
         return {}
 
+    def arriving(self, keys: Tensor, module: nn.Module) -> Mapping[str, Tensor]:
+        """Return the fields of new tokens, for a policy that is `gated`; other fields begin with 0.
+
+        Args:
+            keys: `(rows, key heads, q, width)` of the new tokens.
+            module: the attention layer.
+
+        Returns:
+            `(rows, key heads, q, ...)` each, by name; the same names always.
+        """
+        return {}
+
+    def gate(self, entries: Entries, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Say which entries each new query sees, for a policy that is `gated`.
+
+        Args:
+            entries: what the layer holds, the new tokens included.
+            seen: the pass: `query_columns` and `query_real` of all its queries, and the module.
+
+        Returns:
+            `(rows, 1, q, n)` bool, in addition to what the model's own mask hides; and fields, as `observe` returns
+            them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is gated and defines no gate")
+
+    def quantise(self) -> Quantisation | None:
+        """Return how older entries are packed; they are not by default."""
+        return None
+
     def field_names(self) -> tuple[str, ...]:
         """Return the names of the fields that entries carry."""
         return ("bias",) if self.biased else ()
@@ -159,8 +193,10 @@ class CachePolicy:
 
     # What the engine does with it.
 
-    def compress(self, entries: Entries, seen: Seen, keep: Tensor) -> Selection | Entries:
+    def compress(self, entries: Entries, seen: Seen, keep: Tensor) -> Selection | Entries | None:
         """Return which entries stay or, for a policy that merges, the entries there are from now on.
+
+        Called when there are more than the budget allows; for a `gated` policy after every pass. None changes nothing.
 
         Args:
             entries: what the layer holds.

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_ext.cache.quantisation import Quantisation
+
 if TYPE_CHECKING:
     from hf_ext.cache.cache import CompressedCache
     from hf_ext.cache.policy import CachePolicy
@@ -54,6 +56,7 @@ def save(cache: CompressedCache, path: str | Path) -> None:
         "format": FORMAT, "policy": json.dumps(policy), "layers": json.dumps(layers), "sliding": cache.sliding,
         "layer_budgets": json.dumps(cache.layer_budgets), "shape": json.dumps(shape_of(cache.config)),
         "skip_layers": str(cache.skip_layers), "ragged": str(cache.policy.storage == "ragged"),
+        "quantise": json.dumps(None if cache.quantise is None else dataclasses.asdict(cache.quantise)),
     }  # fmt: skip
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, str(path), metadata=metadata)
 
@@ -71,12 +74,14 @@ def load(kind: type[CompressedCache], path: str | Path, config: Any, device: tor
             raise ValueError(f"the cache was made with a model of the shape {wanted}, this one has {found}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     fitted = {name.removeprefix("policy."): t for name, t in tensors.items() if name.startswith("policy.")}
+    quantise = json.loads(metadata.get("quantise", "null"))
     cache = kind(
         config,
         revive(json.loads(metadata["policy"]), fitted),
         layer_budgets=json.loads(metadata["layer_budgets"]),
         skip_layers=int(metadata["skip_layers"]),
         sliding=metadata["sliding"],  # type: ignore[arg-type]
+        quantise=None if quantise is None else Quantisation(**quantise),
     )
     for number, (layer, noted) in enumerate(zip(cache.layers, json.loads(metadata["layers"]), strict=True)):
         head = f"layers.{number}."

@@ -1,0 +1,111 @@
+"""Attention over packed codes and the recent entries beside them, each read as it is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_ext.attention.packed import is_packed, unpack
+from hf_ext.cache.attending import Given
+from hf_ext.cache.stores.packed import PackedStore
+from hf_ext.kernels.merge import merge_two
+from hf_ext.kernels.scores import weigh
+
+#: Passes of more queries dequantise a layer for as long as its attention runs, which is quicker for many.
+MOST_QUERIES = 16
+
+
+def reads_codes(store: PackedStore, query: Tensor, given: Given, plain: bool) -> bool:
+    """Tell whether a pass reads the codes directly, rather than what a layer holds as plain tensors.
+
+    Args:
+        store: of the layer.
+        query: `(rows, heads, q, width)`.
+        given: what the pass's mask says.
+        plain: whether attention has to run on plain tensors, as its weights are returned or dropped at random.
+    """
+    tracked = torch.is_grad_enabled() and query.requires_grad
+    return bool(store.frozen) and query.shape[2] <= MOST_QUERIES and not (plain or given.whole or tracked)
+
+
+@torch.no_grad()
+def attend_packed(
+    store: PackedStore, query: Tensor, given: Given, scale: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to all that a store holds.
+
+    Args:
+        store: with the new tokens stored already, among the recent ones.
+        query: `(rows, heads, q, width)`.
+        given: what the pass's mask says about the new tokens.
+        scale: of the scores.
+        softcap: of the scores.
+        sinks: `(heads,)`.
+
+    Returns:
+        `(rows, q, heads, width)`, and `(rows, key heads, recent)` float32, what each recent entry got of the attention.
+    """
+    from hf_ext.cache.ops import packed_attention
+
+    rows, heads, count, width = query.shape
+    recent = store.recent
+    keys, values = recent.keys, recent.values
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = (query.to(wide) * scale).reshape(rows, keys.shape[1], -1, width)
+    scores = grouped @ keys.to(wide).mT
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if recent.bias is not None:
+        scores += recent.bias[:, :, None]
+    hidden = _hidden(store, given, count)
+    if hidden is not None:
+        by_query = scores.view(rows, keys.shape[1], -1, count, keys.shape[2])
+        if hidden.dtype == torch.bool:
+            by_query.masked_fill_(hidden, -torch.inf)
+        else:
+            by_query += hidden
+    weights, lse = weigh(scores)
+    found = (weights @ values.to(wide)).view(rows, heads, count, -1)
+    own = lse.view(rows, heads, count)
+    out, whole = packed_attention(
+        query, *store.codes(), bits=store.quantisation.bits, scale=scale, softcap=softcap, visible=store.visible(),
+        bias=store.packed_bias,
+    )  # fmt: skip
+    out, whole = merge_two(found, own, out, whole)
+    if sinks is not None:
+        # A sink takes part in the sum and adds nothing.
+        with_sink = torch.logaddexp(whole, sinks.to(whole.dtype)[:, None])
+        out, whole = out * (whole - with_sink).exp()[..., None], with_sink
+    part = (own - whole.masked_fill(whole.isneginf(), 0)).exp()
+    sums = (weights * part.view(rows, keys.shape[1], -1, 1)).sum(2)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), sums.float()
+
+
+def _hidden(store: PackedStore, given: Given, count: int) -> Tensor | None:
+    """Return what the new tokens do not see of the recent entries.
+
+    Returns:
+        `(rows or 1, key heads or 1, 1, q, recent)`: bool, True for what is hidden, or added to the scores; None where
+        all see all.
+    """
+    recent = store.recent
+    if count == 1 and given.mask is None and not recent.holes:
+        return None
+    columns = recent.columns
+    before = columns.shape[2] - count
+    old = (columns[:, :, :before] < 0)[:, :, None, None].expand(-1, -1, -1, count, -1)
+    device = columns.device
+    if given.mask is None:
+        new = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)[None, None]
+    elif is_packed(given.mask):
+        new = ~unpack(given.mask, count, count).dense()
+    else:
+        new = given.mask[..., -count:]
+        if new.dtype != torch.bool:
+            least = torch.finfo(new.dtype).min
+            old = torch.zeros(old.shape, dtype=new.dtype, device=device).masked_fill(old, least)
+        else:
+            new = ~new
+    new = new.unflatten(1, (columns.shape[1], -1)) if new.shape[1] > 1 else new[:, :, None]
+    rows, heads, groups = (max(a, b) for a, b in zip(old.shape[:3], new.shape[:3], strict=True))
+    return torch.cat([part.expand(rows, heads, groups, count, -1) for part in (old, new)], dim=-1)
