@@ -127,22 +127,28 @@ def ragged(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Ways
     lengths = shape.lengths(device)
     longest = int(lengths.max())
     index = shape.chosen(device, longest)
-    flat = compact_ragged((keys, values), index, lengths)
+    flat_keys, flat_values = compact_ragged((keys, values), index, lengths)
     starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view(lengths.shape)
-    padded = compact((keys, values), index)
+    padded_keys, padded_values = compact((keys, values), index)
     mask = (torch.arange(longest, device=device) < lengths[..., None]).repeat_interleave(
         shape.heads // shape.key_heads, 1
     )[:, :, None]
     expected, _ = ragged_attention_reference(
-        query[:1].double(), flat[0].double(), flat[1].double(), starts[:1], lengths[:1]
+        query[:1].double(), flat_keys.double(), flat_values.double(), starts[:1], lengths[:1]
     )
-    demand(f"ragged attention of {shape}", ragged_attention(query, *flat, starts, lengths)[0][:1], expected)
+    demand(
+        f"ragged attention of {shape}",
+        ragged_attention(query, flat_keys, flat_values, starts, lengths)[0][:1],
+        expected,
+    )
     ways: Ways = {
-        "hf_ext": lambda: ragged_attention(query, *flat, starts, lengths),
-        "sdpa, padded": lambda: scaled_dot_product_attention(query, *padded, attn_mask=mask, enable_gqa=True),
+        "hf_ext": lambda: ragged_attention(query, flat_keys, flat_values, starts, lengths),
+        "sdpa, padded": lambda: scaled_dot_product_attention(
+            query, padded_keys, padded_values, attn_mask=mask, enable_gqa=True
+        ),
         "sdpa, all kept": lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True),
     }
-    return ways, sizes(*flat, query)
+    return ways, sizes(flat_keys, flat_values, query)
 
 
 def packed(bits: int) -> Callable[[Shape, torch.device, torch.dtype], tuple[Ways, int]]:
@@ -156,8 +162,9 @@ def packed(bits: int) -> Callable[[Shape, torch.device, torch.dtype], tuple[Ways
         demand(f"{bits}-bit attention of {shape}", packed_attention(query, *codes, bits=bits)[0][:1], expected)
 
         def eager() -> torch.Tensor:
-            back = dequantise_keys(*codes[:3], bits=bits), dequantise_values(*codes[3:], bits=bits)
-            return scaled_dot_product_attention(query, *back, enable_gqa=True)
+            all_keys = dequantise_keys(*codes[:3], bits=bits)
+            all_values = dequantise_values(*codes[3:], bits=bits)
+            return scaled_dot_product_attention(query, all_keys, all_values, enable_gqa=True)
 
         ways: Ways = {
             "hf_ext": lambda: packed_attention(query, *codes, bits=bits),

@@ -73,8 +73,8 @@ def cases() -> Iterator[Case]:
         for operation in configs.CACHE_OPERATIONS:
             for width in configs.WIDTHS:
                 for dtype in ("bfloat16", "float32"):
-                    variants = cache_launches.VARIANTS[operation]
-                    for variant in variants if dtype == "bfloat16" else variants[-1:]:
+                    known = cache_launches.VARIANTS[operation]
+                    for variant in known if dtype == "bfloat16" else known[-1:]:
                         yield Case(kind, operation, width, dtype, variant)
 
 

@@ -59,8 +59,8 @@ def launch(
         case "compact":
             moved = entries.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
             wide, narrow = [(moved, moved, 0)] * 2, [(places, places, -1), (numbers.view(torch.int32),) * 2 + (0,)]
-            ragged = (places[0, 0, :key_heads], places[:, :, 0]) if variant == "ragged" else (None, None)
-            return launch_compact(wide, narrow, places, *ragged, config)
+            lengths = places[:, :, 0] if variant == "ragged" else None
+            return launch_compact(wide, narrow, places, None if lengths is None else lengths[0], lengths, config)
         case "ragged":
             flat, segments = entries[0, 0], places[:, :, 0]
             bias, softcap = (numbers[0, 0], 30.0) if variant == "bias" else (None, 0.0)
