@@ -68,7 +68,7 @@ class AddOnModel(PeftModelForCausalLM):
     ) -> None:
         if peft_config.is_prompt_learning:
             raise ValueError(
-                f"{type(self).__name__} decides about real tokens, and a {type(peft_config).__name__} makes virtual ones"
+                f"{type(self).__name__} decides about real tokens, a {type(peft_config).__name__} makes virtual ones"
             )
         super().__init__(model, peft_config, adapter_name)
         model.add_module(self.NAME, parts.to(model.device).requires_grad_(not peft_config.inference_mode))

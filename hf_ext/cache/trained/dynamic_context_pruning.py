@@ -24,11 +24,11 @@ INTERACTION, END = "interaction", "end"
 
 @dataclass(kw_only=True)
 class DynamicContextPruning(CachePolicy):
-    """Drop what the model was trained to drop: every new token says which of the tokens before it nobody needs any more.
+    """Drop what the model was trained to drop: every new token says which ones before it nobody needs any more.
 
-    For a `DynamicContextPruningModel`, whose `generate` uses it by itself. There is no budget, the model decides: layers
-    and rows hold different numbers of tokens, all heads of a layer hold the same ones. Beside keys and values, an entry
-    has a small key of the interaction, divided among the heads.
+    For a `DynamicContextPruningModel`, whose `generate` uses it by itself. There is no budget, the model decides:
+    layers and rows hold different numbers of tokens, all heads of a layer hold the same ones. Beside keys and values,
+    an entry has a small key of the interaction, divided among the heads.
 
     Source: Dynamic Context Pruning for Efficient and Interpretable Autoregressive Transformers (arXiv:2305.15805).
 
@@ -82,7 +82,8 @@ class DynamicContextPruning(CachePolicy):
 
     def gate(self, entries: Entries, seen: Seen) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Let the new tokens drop entries, and hide these from them and from those that come later."""
-        assert seen.module is not None and seen.query_columns is not None
+        assert seen.module is not None
+        assert seen.query_columns is not None
         interaction, query, _ = _of(seen.module)
         keys = entries.fields[INTERACTION].transpose(1, 2).flatten(2)[..., : interaction.rank]
         own = seen.query_columns.to(torch.int32)[:, None]

@@ -31,9 +31,9 @@ class DynamicContextPruningModel(AddOnModel):
     dropped is gone: a pass without cache hides it, and `generate` frees it
     (`CompressedCache(config, DynamicContextPruning())`, under `attn_implementation="hf_ext"`), with the same results.
 
-    The base model stays frozen; the adapter lets it adapt to what is left. `save_pretrained` and every checkpoint hold a
-    stock PEFT adapter and `dynamic_context_pruning.safetensors`. Layers with a sliding window drop nothing, unless all
-    layers of the model slide.
+    The base model stays frozen; the adapter lets it adapt to what is left. `save_pretrained` and every checkpoint hold
+    a stock PEFT adapter and `dynamic_context_pruning.safetensors`. Layers with a sliding window drop nothing, unless
+    all layers of the model slide.
 
     Source: Dynamic Context Pruning for Efficient and Interpretable Autoregressive Transformers (arXiv:2305.15805),
     section 3. There, all weights of the model are trained.
@@ -92,7 +92,7 @@ class DynamicContextPruningModel(AddOnModel):
     def kept(self) -> Tensor | None:
         """`(layers, rows)`, the share of what came before that the tokens of the last pass kept, on average.
 
-        With its gradient in training mode; None where the pass had a cache to go on from, which says itself what it holds.
+        With its gradient in training mode; None where it had a cache, which says itself what it holds.
         """
         shares = [self._kept[n] for n in self._pruned if n in self._kept]
         return torch.stack(shares) if len(shares) == len(self._pruned) else None

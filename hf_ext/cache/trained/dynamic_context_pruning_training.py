@@ -1,4 +1,4 @@
-"""Training a model to drop tokens: the price of what is kept, and the schedule of the sparse sigmoid (arXiv:2305.15805)."""
+"""Training to drop tokens: the price of what is kept, and the schedule of the sparse sigmoid (arXiv:2305.15805)."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class DynamicContextPruningTraining(Objective):
         kept = self._model.kept
         if kept is None or not kept.requires_grad:
             raise RuntimeError(
-                "what the layers keep cannot be trained on: gradient checkpointing hides it. Use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False} or none.'
+                "the parts that say what is dropped are frozen: load the model with is_trainable=True, or call "
+                "model.parts.requires_grad_(True)"
             )
         kept, weight = kept.mean(0), (targets != -100).sum(-1).to(kept.device)
         price = (kept * weight).sum()

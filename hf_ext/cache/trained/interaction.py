@@ -46,8 +46,8 @@ class Interaction(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             exact = hidden.float()
             # Rounded, as a cache keeps them rounded.
-            query = nn.functional.linear(exact, self.query).to(hidden.dtype)
-            return query, nn.functional.linear(exact, self.key).to(hidden.dtype)
+            query = nn.functional.linear(exact, self.query.float()).to(hidden.dtype)
+            return query, nn.functional.linear(exact, self.key.float()).to(hidden.dtype)
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the interactions `(rows, queries, keys)` float32."""
@@ -92,8 +92,8 @@ def kept_share(survival: Tensor, visible: Tensor) -> Tensor:
 
     Args:
         survival: `(rows, n, n)`, from 0 to 1.
-        visible: `(rows or 1, n, n)` bool, what the model's own mask lets tokens see.
+        visible: `(rows or 1, n, n)` bool, what the model's own mask lets tokens see; padding does not see itself.
     """
-    pairs = _past(survival, None) & visible
+    pairs = _past(survival, visible.diagonal(dim1=1, dim2=2)) & visible
     count = pairs.expand(survival.shape).sum((1, 2))
     return torch.where(count > 0, survival.where(pairs, 0).sum((1, 2)) / count.clamp(min=1), 1.0)
