@@ -4,7 +4,6 @@ import copy
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 #: The shapes that stand in where none is given: a model that a laptop trains.
 _SMALL = {"vocab_size": 4096, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
@@ -35,9 +34,9 @@ class MetaLMConfig(PreTrainedConfig):
 
     model_type = "metalm"
     sub_configs: ClassVar[dict[str, Any]] = {
-        "text_config": AutoConfig,
-        "encoder_config": AutoConfig,
-        "vision_config": AutoConfig,
+        "text_config": PreTrainedConfig,
+        "encoder_config": PreTrainedConfig,
+        "vision_config": PreTrainedConfig,
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
@@ -118,6 +117,9 @@ def _built(name: str, value: Any) -> PreTrainedConfig | None:
     """Return the configuration that a dictionary describes, as it stands in a file."""
     if value is None or isinstance(value, PreTrainedConfig):
         return copy.deepcopy(value)  # the attention of a part is set in here
+    # Imported here, since where this class is registered that module is what asks for it.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     if not isinstance(value, dict) or value.get("model_type") not in CONFIG_MAPPING:
         known = value.get("model_type") if isinstance(value, dict) else value
         raise ValueError(

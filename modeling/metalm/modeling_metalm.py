@@ -7,9 +7,7 @@ token after a span is predicted at the last position of the span; what lies insi
 This file and those it imports need torch and transformers only: they are the Hub repository.
 """
 
-import inspect
 import os
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,13 +19,15 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 from transformers.utils import can_return_tuple
 
 from .configuration_metalm import MetaLMConfig
+from .parts_metalm import encoder_part, new_connector, require_both_ways, without_pooler
+from .reading_metalm import SpanReading, from_column
 from .semi_causal_metalm import SemiCausalCollator
-from .spans_metalm import ABSENT, Span, bounds_of, check, find, outside_spans
+from .spans_metalm import bounds_of, outside_spans
 
 __all__ = ["MetaLMConfig", "MetaLMForCausalLM", "SemiCausalCollator", "outside_spans"]
 
 
-class MetaLMForCausalLM(PreTrainedModel, GenerationMixin):
+class MetaLMForCausalLM(SpanReading, PreTrainedModel, GenerationMixin):
     """A stock causal language model with stock encoders docked to it.
 
     Without spans it is the language model itself, bit for bit. The modules are `language_model`, `encoder` and
@@ -80,17 +80,19 @@ class MetaLMForCausalLM(PreTrainedModel, GenerationMixin):
             )
         # The parts may have been built from copies; what is changed later (attention, vocabulary) is one object again.
         config.text_config = self.language_model.config
-        width = self.get_input_embeddings().embedding_dim  # of OPT and others not the hidden size
+        width: Any = self.get_input_embeddings().embedding_dim  # of OPT and others not the hidden size
         if config.encoder_config is not None:
-            self.encoder = encoder or _without_pooler(AutoModel.from_config(config.encoder_config))
+            self.encoder = encoder or without_pooler(AutoModel.from_config(config.encoder_config))
             config.encoder_config = self.encoder.config
-            self.connector = _connector(config.encoder_config.hidden_size, width, config.connector_layers)
+            self.connector = new_connector(self.encoder.config.hidden_size, width, config.connector_layers)
         if config.vision_config is not None:
-            self.vision_encoder = vision_encoder or _without_pooler(AutoModel.from_config(config.vision_config))
+            self.vision_encoder = vision_encoder or without_pooler(AutoModel.from_config(config.vision_config))
             config.vision_config = self.vision_encoder.config
-            self.vision_connector = _connector(config.vision_config.hidden_size, width, config.connector_layers)
+            self.vision_connector = new_connector(
+                self.vision_encoder.config.hidden_size, width, config.connector_layers
+            )
         for part in self.encoders():
-            _require_both_ways(part)
+            require_both_ways(part)
         self.vocab_size = config.vocab_size
         self.post_init()
 
@@ -176,101 +178,6 @@ class MetaLMForCausalLM(PreTrainedModel, GenerationMixin):
             given["logits_to_keep"] = logits_to_keep
         return self.language_model(**{name: value for name, value in given.items() if value is not None}, **kwargs)
 
-    def embed(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        spans: torch.Tensor | None = None,
-        image_spans: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: Any = None,
-        labels: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """Return the language model's input with what the encoders say in the place of the spans.
-
-        Args:
-            input_ids: `[batch, length]`.
-            spans: as in `forward`, and so are the next four.
-            image_spans: where the images stand.
-            pixel_values: the images.
-            attention_mask: to find padding; without it there is none.
-            labels: to find labels inside spans.
-
-        Returns:
-            `[batch, length, width]`, or None where no row has a span and the ids do as well.
-
-        Raises:
-            ValueError: as in `forward`.
-        """
-        shape = (input_ids.shape[0], input_ids.shape[1])
-        texts = [] if spans is None else find(bounds_of(spans), shape)
-        images = [] if image_spans is None else find(bounds_of(image_spans, "image_spans"), shape, "image_spans")
-        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
-        check([*texts, *images], None if mask is None else mask[:, -shape[1] :], labels)
-        for name, found in (("encoder", texts), ("vision_encoder", images)):
-            if found and not hasattr(self, name):
-                raise ValueError(
-                    f"{found[0]} needs {name}, which this model lacks; build it with from_parts({name}=...)"
-                )
-        if (pixel_values is not None) != (image_spans is not None):
-            raise ValueError("image_spans and pixel_values go together: one says where the other stand")
-        if not texts and not images:
-            return None
-        embeds = self.get_input_embeddings()(input_ids)
-        if texts:
-            embeds = embeds.index_put(_places(texts, embeds.device), self._read_texts(texts, input_ids).to(embeds))
-        if images:
-            embeds = embeds.index_put(
-                _places(images, embeds.device), self._read_images(images, pixel_values).to(embeds)
-            )
-        return embeds
-
-    def _read_texts(self, spans: Sequence[Span], input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the connector's `[tokens, width]` for all tokens of all spans, in their order."""
-        lengths = torch.tensor([span.end - span.start for span in spans])
-        room = _room(self.encoder)
-        if room is not None and int(lengths.max()) > room:
-            span = spans[int(lengths.argmax())]
-            raise ValueError(
-                f"{span} has {int(lengths.max())} tokens, but {type(self.encoder).__name__} has positions for {room}; "
-                "give shorter spans, or set max_length of the collator"
-            )
-        real = (torch.arange(int(lengths.max())) < lengths[:, None]).to(input_ids.device)
-        ids = torch.full(real.shape, self.config.encoder_config.pad_token_id or 0).to(input_ids)
-        ids[real] = input_ids[_places(spans, input_ids.device)]
-        states = self.encoder(input_ids=ids, attention_mask=real.long()).last_hidden_state
-        return self._connect(self.connector, states)[real]
-
-    def _read_images(self, spans: Sequence[Span], pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the connector's `[patches, width]` for all images of the batch, in the order of their spans."""
-        if pixel_values.ndim == 4:
-            pixel_values = pixel_values[:, None]
-        entries = max(span.entry for span in spans) + 1
-        if pixel_values.ndim != 5 or entries > pixel_values.shape[1]:
-            raise ValueError(
-                f"pixel_values has the shape {tuple(pixel_values.shape)}, expected (batch, images, channels, height, "
-                f"width) with at least {entries} images a row, as image_spans has"
-            )
-        chosen = torch.stack([pixel_values[span.row, span.entry] for span in spans])
-        states = self.vision_encoder(pixel_values=chosen).last_hidden_state
-        for span in spans:
-            if span.end - span.start != states.shape[1]:
-                raise ValueError(
-                    f"{span} has {span.end - span.start} columns for an image, but the vision encoder gives "
-                    f"{states.shape[1]} outputs for each; reserve so many columns"
-                )
-        return self._connect(self.vision_connector, states).flatten(0, 1)
-
-    @staticmethod
-    def _connect(connector: nn.Sequential, states: torch.Tensor) -> torch.Tensor:
-        expected = connector[0].in_features
-        if states.shape[-1] != expected:
-            raise ValueError(
-                f"the encoder's outputs are {states.shape[-1]} wide, but its configuration has hidden_size={expected}, "
-                "which the connector was built for"
-            )
-        return connector(states.to(connector[0].weight))
-
     def generate(self, *args: Any, spans: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as transformers does; `spans`, `image_spans` and `pixel_values` as in `forward`.
 
@@ -313,7 +220,7 @@ class MetaLMForCausalLM(PreTrainedModel, GenerationMixin):
         if ids is None:
             raise ValueError("spans are read from input_ids; pass these, and no inputs_embeds")
         cached = input_ids.shape[1] - ids.shape[1]
-        spans, image_spans = _from_column(spans, cached), _from_column(image_spans, cached)
+        spans, image_spans = from_column(spans, cached), from_column(image_spans, cached)
         if spans is None and image_spans is None and (cached or pixel_values is None):
             return inputs
         read = self.embed(
@@ -391,7 +298,10 @@ class MetaLMForCausalLM(PreTrainedModel, GenerationMixin):
                 f"decoder is {type(decoder).__name__}; expected a causal language model with its head, as "
                 "AutoModelForCausalLM loads it"
             )
-        parts = {"encoder": _part(encoder, "encoder"), "vision_encoder": _part(vision_encoder, "vision_encoder")}
+        parts = {
+            "encoder": encoder_part(encoder, "encoder"),
+            "vision_encoder": encoder_part(vision_encoder, "vision_encoder"),
+        }
         if not any(parts.values()):
             raise ValueError("from_parts needs an encoder, of text (encoder) or of images (vision_encoder), or both")
         configs = {name: None if part is None else part.config for name, part in parts.items()}
@@ -408,84 +318,6 @@ class MetaLMForCausalLM(PreTrainedModel, GenerationMixin):
             if part is not None:
                 part.to(device=decoder.device, dtype=decoder.dtype)
         return model.train(decoder.training)
-
-
-def _part(part: Any, name: str) -> PreTrainedModel | None:
-    """Return an encoder without head and pooler; the weights are those of `part`, which stays as it is."""
-    if isinstance(part, str | os.PathLike):
-        part = AutoModel.from_pretrained(part, dtype="auto")
-    if part is None:
-        return None
-    if not isinstance(part, PreTrainedModel):
-        raise ValueError(f"{name} is {type(part).__name__}; expected an encoder of transformers (AutoModel)")
-    bare = part.base_model
-    with torch.device("meta"):
-        expected = type(AutoModel.from_config(bare.config))
-    if type(bare) is not expected:
-        raise ValueError(
-            f"{name} is {type(part).__name__}; expected {expected.__name__}, with a head or without, which is what a "
-            f"saved configuration of the type {bare.config.model_type!r} is loaded as"
-        )
-    return _without_pooler(bare)
-
-
-def _without_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
-    """Return the encoder, or one that shares its weights if it has a pooler, which nothing here would train."""
-    kind = type(encoder)
-    if getattr(encoder, "pooler", None) is None or "add_pooling_layer" not in inspect.signature(kind).parameters:
-        return encoder
-    bare, weights = kind(encoder.config, add_pooling_layer=False), encoder.state_dict()
-    bare.load_state_dict({name: weights[name] for name in bare.state_dict()}, assign=True)
-    return bare.train(encoder.training)
-
-
-def _connector(encoder: int, decoder: int, layers: int) -> nn.Sequential:
-    """Return the projection from an encoder's width to that of the language model's embeddings."""
-    parts: list[nn.Module] = [nn.Linear(encoder, decoder)]
-    for _ in range(layers - 1):
-        parts += [nn.GELU(), nn.Linear(decoder, decoder)]
-    return nn.Sequential(*parts)
-
-
-def _require_both_ways(encoder: PreTrainedModel) -> None:
-    """Refuse an encoder whose tokens do not see what follows them."""
-    for name, module in encoder.named_modules():
-        if getattr(module, "is_causal", False) is True:
-            raise ValueError(
-                f"{type(encoder).__name__} is causal ({name}.is_causal): expected an encoder whose tokens see each "
-                "other in both directions, such as BERT or ViT"
-            )
-
-
-def _room(encoder: PreTrainedModel) -> int | None:
-    """Return how long a span may be: the rows of the encoder's position table; None if it has none."""
-    rooms = []
-    for name, module in encoder.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            # RoBERTa and its like count positions from the one after the padding's.
-            rooms.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    return min(rooms, default=None)
-
-
-def _places(spans: Sequence[Span], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows and the columns of all tokens of all spans."""
-    rows = [span.row for span in spans for _ in range(span.start, span.end)]
-    columns = [column for span in spans for column in range(span.start, span.end)]
-    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-
-
-def _from_column(spans: torch.Tensor | None, cached: int) -> torch.Tensor | None:
-    """Return the spans behind the first `cached` columns, counted from there; None if there are none."""
-    if spans is None or not cached:
-        return spans
-    bounds = bounds_of(spans)
-    starts, ends = bounds[..., 0], bounds[..., 1]
-    if bool(((starts < cached) & (ends > cached)).any()):
-        raise ValueError(
-            f"the cache ends after {cached} tokens, inside a span; let it end before the span or behind it"
-        )
-    left = ends > cached
-    return torch.where(left[..., None], bounds - cached, ABSENT) if bool(left.any()) else None
 
 
 MetaLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -32,7 +32,7 @@ def random_spans(
 
     Example:
         >>> random_spans(20, 0.5, 2, 4, torch.Generator().manual_seed(0))
-        [(2, 5), (7, 11), (17, 19)]
+        [(2, 6), (8, 10), (11, 15)]
     """
 
     def draw(low: int, high: int) -> int:
@@ -79,9 +79,9 @@ class SemiCausalCollator(TrainerCallback):
         >>> rows = [{"input_ids": list(range(12))}]
         >>> batch = SemiCausalCollator(min_length=2, max_length=3)(rows)
         >>> batch["spans"].tolist()
-        [[[2, 5]]]
+        [[[2, 4]]]
         >>> batch["labels"].tolist()
-        [[0, 1, -100, -100, -100, 5, 6, 7, 8, 9, 10, 11]]
+        [[0, 1, -100, -100, 4, 5, 6, 7, 8, 9, 10, 11]]
     """
 
     def __init__(

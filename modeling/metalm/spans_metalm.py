@@ -177,3 +177,15 @@ def outside_spans(labels: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
     for span in find(bounds_of(spans), (labels.shape[0], labels.shape[1])):
         masked[span.row, span.start : span.end] = -100
     return masked
+
+
+def places(spans: Sequence[Span], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows and the columns of all tokens of all spans.
+
+    Example:
+        >>> places([Span(0, 0, 1, 3), Span(1, 0, 0, 1)], torch.device("cpu"))
+        (tensor([0, 0, 1]), tensor([1, 2, 0]))
+    """
+    rows = [span.row for span in spans for _ in range(span.start, span.end)]
+    columns = [column for span in spans for column in range(span.start, span.end)]
+    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
