@@ -78,7 +78,8 @@ class AutoCompressor:
             )
         check_model(model, "AutoCompressor")
         made: Any = model
-        made.__class__ = _class_for(type(model))
+        kind: Any = type(model)
+        made.__class__ = _class_for(kind)
         setattr(made.config, SETTINGS, {"summary_tokens": self.summary_tokens, "stop_after": self.stop_after})
         made.add_summary_tokens()
         weight = made.get_input_embeddings().weight.detach()
@@ -124,7 +125,7 @@ class AutoCompressorModel:
         if getattr(config, SETTINGS, None) is None:
             raise ValueError(f"{folder} holds no AutoCompressor; AutoCompressor().convert(model) makes one")
         with torch.device("meta"):
-            base = type(AutoModelForCausalLM.from_config(config))
+            base: Any = type(AutoModelForCausalLM.from_config(config))
         return _class_for(base).from_pretrained(folder, *args, **kwargs)
 
     def add_summary_tokens(self: Any) -> None:
@@ -238,7 +239,8 @@ class AutoCompressorModel:
         width = self.get_input_embeddings().weight.shape[-1]
         seen = Slots(self.get_input_embeddings().weight.new_zeros(len(ids), 0, width)) if slots is None else slots
         same_rows(seen, ids, "input_ids")
-        found, offset, places, start = [], 0, torch.zeros_like(ids), torch.zeros_like(lengths[:, :1])
+        found: list[Any] = []
+        offset, places, start = 0, torch.zeros_like(ids), torch.zeros_like(lengths[:, :1])
         for number, length in enumerate(lengths.split(1, dim=1)):
             if number and number % settings["stop_after"] == 0:
                 seen = seen.detach()
@@ -278,18 +280,18 @@ _HARMLESS = ("return_dict", "use_cache")
 
 
 @functools.cache
-def _class_for(base: type) -> Any:
+def _class_for(base: Any) -> Any:
     """Return the class of AutoCompressors of a class of models."""
-    own = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    own = inspect.signature(base.forward)
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        base.__init__(self, config, *args, **kwargs)
         self.add_summary_tokens()
 
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, segments: Any = None, slots: Slots | None = None, **kwargs: Any) -> Any:
         if segments is None and slots is None:
-            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return base.forward(self, *args, **kwargs)
         given = own.bind(self, *args, **kwargs).arguments
         given.pop("self")
         return self._loss({**given.pop("kwargs", {}), **given}, segments, slots)
@@ -297,9 +299,8 @@ def _class_for(base: type) -> Any:
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("segments", "slots")]
     parameters = list(own.parameters.values())
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    forward.__signature__ = own.replace(  # type: ignore[attr-defined]
-        parameters=[p for p in parameters if p not in rest] + added + rest
-    )
+    combined = own.replace(parameters=[p for p in parameters if p not in rest] + added + rest)
+    forward.__signature__ = combined  # type: ignore[attr-defined]
     # transformers looks for what a class can do in the source of its module, which is the model's.
     space = {"__init__": __init__, "forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(f"AutoCompressor{base.__name__}", (AutoCompressorModel, base), space)

@@ -1,0 +1,23 @@
+"""What docs/soft-context.md shows runs, in order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "soft-context.md"
+
+
+def test_the_code_of_the_page_runs_in_order() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    exec(compile(blocks[0], str(PAGE), "exec"), names)  # the page's own code
+    exec(compile(blocks[1], str(PAGE), "exec"), names)
+    assert names["slots"].vectors.shape == (1, 4, 96)
+    assert names["prefix"].get_seq_length() == 4
+    assert names["again"].shape[1] <= 8
+    exec(compile(blocks[2], str(PAGE), "exec"), names)
+    assert names["slots"].vectors.shape[1] % 4 == 0
+    assert names["out"].shape[1] > names["prompt"].shape[1]
