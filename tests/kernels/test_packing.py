@@ -61,6 +61,14 @@ def test_no_number_is_off_by_more_than_half_a_step(bits: int, stored: torch.dtyp
         assert excess.max() < rounding, f"off by {excess.max():.2e} more than half a step, relative to the number"
 
 
+def test_numbers_less_than_the_least_that_the_scale_can_be_are_off_by_no_more_either() -> None:
+    given = torch.tensor([-1e-9, 0.0, 1e-9, 2e-9]).view(1, 1, 4, 1).expand(1, 1, 4, 4)
+    packed = quantise_keys(given, 2, 4, torch.float16)
+    assert (packed.zero < 0).all()
+    off = (dequantise_keys(*packed, bits=2, dtype=torch.float64) - given).abs()
+    assert (off <= packed.scale.double() / 2).all(), off.max()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_default_scale_is_hardly_more_than_it_must_be(dtype: torch.dtype) -> None:
     given = numbers(dtype=dtype)
