@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_ext.cache import CachePolicy, Entries, Seen
+from hf_ext.attention.intercept import intercept
+from hf_ext.cache import CachePolicy, CompressedCache, Entries, Seen
+from hf_ext.testing import tiny_models
 from hf_ext.testing.cache import SHAPES, CacheConformance
 
 
@@ -94,3 +96,52 @@ class TestUnevenMass(CacheConformance):
 class TestLastQueries(CacheConformance):
     def policy(self, budget, **options) -> CachePolicy:
         return LastQueries(budget=budget, **options)
+
+
+class Told(LastQueries):
+    """Notes what the first layer is told."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.told: list[Seen] = []
+
+    def scores(self, entries: Entries, seen: Seen) -> Tensor:
+        if seen.layer == 0:
+            self.told.append(seen)
+        return super().scores(entries, seen)
+
+
+def test_a_policy_is_told_the_last_queries_whatever_the_passes_were():
+    """Those of the first layer do not depend on what is held; chunks, steps and recorded drafts give the same."""
+    model = tiny_models.build("llama")
+    ids, mask = tiny_models.prompts((20, 16))
+    where = (mask.cumsum(-1) - 1).clamp(min=0)
+    queries = []
+
+    def note(module, query, key, value, mask, plain, **call):
+        queries.append(query)
+        return plain(module, query, key, value, mask, **call)
+
+    with torch.no_grad(), intercept(model, note):
+        model(ids, attention_mask=mask, position_ids=where)
+    wanted = queries[0]
+    model.set_attn_implementation("hf_ext")
+    policy = Told(budget=4, interval=1)
+    cache = CompressedCache(model.config, policy)
+    with torch.no_grad():
+        start = 0
+        for size, wrong in ((5, 0), (2, 0), (1, 0), (1, 0), (5, 3), (6, 2), (1, 0), (1, 0)):
+            part = slice(start, start + size)
+            if size == 5 and start:
+                cache.activate_past_recording()
+            model(ids[:, part], attention_mask=mask[:, : part.stop], position_ids=where[:, part], past_key_values=cache)
+            if cache.is_recording_past(0):
+                cache.crop(-wrong)
+            start += size - wrong
+            seen = policy.told[-1]
+            count = min(start, 3)
+            assert seen.query_columns.tolist() == list(range(start - count, start))
+            assert seen.query_real.tolist() == mask[:, start - count : start].bool().tolist()
+            gap = (seen.queries - wanted[:, :, start - count : start]).abs().max().item()
+            assert gap < 1e-5, f"after {start} tokens the largest difference is {gap:.2e}"
+    assert len(policy.told) == 8
