@@ -36,7 +36,7 @@ def test_first_screen_shows_all_four_uses() -> None:
 
 def test_code_of_the_readme_runs_in_order_without_network(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     with LocalHub() as hub:
         checks = [
             "assert out.shape[1] > inputs['input_ids'].shape[1]",
@@ -44,6 +44,7 @@ def test_code_of_the_readme_runs_in_order_without_network(tmp_path: Path) -> Non
             "assert swan.training",
             "hub.push('contrastive-search', 'user/contrastive-search', check=False)",
             "assert strategy.report.tokens > 0",
+            "assert 0 < max(cache.held()) < cache.get_seq_length()",
         ]
         program = "\n".join(part for pair in zip(blocks, checks, strict=True) for part in pair)
         run("-c", program, cwd=tmp_path, **hub.environment())
@@ -88,3 +89,12 @@ def test_code_of_the_page_on_speculative_decoding_runs(tmp_path: Path) -> None:
     (tmp_path / "page.py").write_text("\n\n".join(blocks), encoding="utf-8")
     found = run("page.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert "SpeculativeDecoding: 64 tokens" in found.stdout
+
+
+def test_code_of_the_page_on_caches_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cache.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    (tmp_path / "page.py").write_text("\n\n".join(blocks), encoding="utf-8")
+    found = run("page.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert "CompressedCache(SnapKV(budget=0.25" in found.stdout
