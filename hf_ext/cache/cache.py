@@ -282,9 +282,9 @@ class CompressedCache(Cache):
 
     def note_rows(self, keys: Tensor) -> None:
         """Note whether the rows of a first pass may be padded differently, as far as keys `(rows, ...)` tell."""
-        if self.attention_mask is None and len(keys) > 1:
-            # Beams begin with copies of one row.
-            self._unknown_padding = not bool((keys == keys[:1]).all())
+        known = self.attention_mask is not None or len(keys) == 1
+        # Beams begin with copies of one row.
+        self._unknown_padding = not (known or bool((keys == keys[:1]).all()))
 
     def check_rows(self, layer: CompressedLayer, keep: Sequence[int]) -> None:
         """Raise where tokens are to be dropped from rows that transformers' own mask would then take for others."""

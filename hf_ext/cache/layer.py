@@ -262,7 +262,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
                 "least as many tokens"
             )
         recorded = sum(step.count for step in self.pending)
-        if count > recorded and self.policy.field_names() and "bias" not in self.policy.field_names():
+        if count > recorded and self.policy.column_sums:
             raise ValueError(
                 f"cannot forget the last {count} tokens: {type(self.policy).__name__} has counted their attention. "
                 "Call activate_past_recording() before the step, as generate does for assisted decoding"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_ext.cache import CompressedCache, Knorm, StreamingLLM
+from hf_ext.cache import H2O, CompressedCache, Knorm, StreamingLLM
 from hf_ext.testing import tiny_models
 from hf_ext.testing.cache_base import Script, passes
 
@@ -204,6 +204,10 @@ def test_what_was_dropped_or_counted_cannot_be_forgotten():
         cache.crop(-8)
     with pytest.raises(ValueError, match="negative number"):
         cache.crop(3)
+    cache = CompressedCache(model.config, H2O(budget=6))
+    model(torch.arange(1, 13)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match="H2O has counted their attention"):
+        cache.crop(-1)
     cache = CompressedCache(model.config, Knorm(budget=6, window=3))
     model(torch.arange(1, 13)[None], past_key_values=cache)
     cache.crop(-3)
