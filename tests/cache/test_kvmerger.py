@@ -51,7 +51,7 @@ def runs_model() -> object:
 
 
 def differences(policy: KVMerger, lengths: tuple[int, ...] = (14, 11)) -> float:
-    """Largest difference of logits to a full cache, for texts of runs of equal tokens, in two chunks and while decoding."""
+    """Largest difference of logits to a full cache, for runs of equal tokens, in two chunks and while decoding."""
     model = runs_model()
     rows = [torch.tensor([5] * 4 + [9] * 3 + [7] * 1 + [8] * (length - 8) + [11] * 3 + [6] * 5) for length in lengths]
     total = max(map(len, rows))
@@ -237,7 +237,8 @@ def test_heads_with_a_threshold_hold_their_own_numbers_and_can_be_saved(tmp_path
     cache = CompressedCache(model.config, KVMerger(budget=6, threshold=0.2, sinks=1))
     model(ids, attention_mask=mask, position_ids=positions(mask, 24), past_key_values=cache)
     counts = {int(n) for layer in range(2) for n in cache.entries(layer).real.sum(-1).flatten()}
-    assert len(counts) > 1 and max(counts) < 24, counts
+    assert len(counts) > 1, counts
+    assert max(counts) < 24, counts
     cache.save(tmp_path / "cache.safetensors")
     again = CompressedCache.load(tmp_path / "cache.safetensors", model.config)
     mask = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -253,7 +254,8 @@ def test_far_members_of_a_set_have_weights_above_zero_and_equal_ones_the_same() 
     keys = torch.tensor([0.0] * 60 + [1e4]).view(1, 1, -1, 1)
     sets, pivots = torch.zeros(1, 1, 61, dtype=torch.int64), torch.zeros(1, 1, 1, dtype=torch.int64)
     weights = gaussian(keys, sets, pivots)
-    assert (weights[..., :60] == 1).all() and 0 < weights[..., 60] < 1e-30
+    assert (weights[..., :60] == 1).all()
+    assert 0 < weights[..., 60] < 1e-30
     assert pivots_of(torch.zeros(1, 1, 61), sets, 1).tolist() == [[[0]]]
 
 

@@ -22,10 +22,10 @@ _HEAVY, _CERTAIN = 4.0, 8.0
 class KVMerger(CachePolicy):
     """Merge neighbours with similar keys into one entry each, the weighted mean of their keys and of their values.
 
-    In each head the tokens are gone through from the last to the first, and each joins the set of the token after it if
-    the cosine of their keys reaches a threshold. The most attended tokens, the first and the last ones stay as they are.
-    The member `p` of a set that got the most attention is its pivot; with `g_i = exp(-|k_p - k_i|^2 / (2 s^2))` the set
-    becomes the means of its keys and values weighted by `g_i` (sections 4.2 and 4.3 of the paper).
+    In each head the tokens are gone through from the last to the first, and each joins the set of the token after
+    it if the cosine of their keys reaches a threshold. The most attended tokens, the first and the last ones stay as
+    they are. The member `p` of a set that got the most attention is its pivot; with
+    `g_i = exp(-|k_p - k_i|^2 / (2 s^2))` the set becomes the means of its keys and values weighted by `g_i`.
 
     What the paper leaves open or what is otherwise here:
 
@@ -80,7 +80,7 @@ class KVMerger(CachePolicy):
                 raise ValueError(f"{name} must be a share from 0.0 and below 1.0, got {getattr(self, name)!r}")
         if self.heavy + self.recent >= 1:
             raise ValueError(
-                f"heavy and recent leave nothing to merge into: {self.heavy} and {self.recent} must be below 1.0 together"
+                f"heavy and recent leave nothing to merge: {self.heavy} and {self.recent} must be below 1.0 together"
             )
         if not self.bandwidth > 0:
             raise ValueError(f"bandwidth must be above 0, got {self.bandwidth!r}")
@@ -120,8 +120,8 @@ class KVMerger(CachePolicy):
     def similarities(self, entries: Entries, seen: Seen, keep: Tensor) -> Tensor:
         """Return how willingly each entry is merged with the next, `(rows, key heads, n - 1)`.
 
-        That is the cosine of their keys. If one of the two is heavy it is less than -1, and if it is one of the first or
-        last still less, so that these are merged only where a budget leaves nothing else; `-inf` for no entries.
+        That is the cosine of their keys. If one of the two is heavy it is less than -1, and if it is one of the
+        first or last still less: these are merged only where a budget leaves nothing else. `-inf` for no entries.
         """
         scores = self.protected(self.scores(entries, seen), entries, keep)
         certain = scores == torch.inf
@@ -197,7 +197,7 @@ def numbered(real: Tensor, joined: Tensor) -> tuple[Tensor, int]:
 
 
 def pivots_of(attention: Tensor, sets: Tensor, count: int) -> Tensor:
-    """Return the member of every set with the most attention, the first of several, `(rows, heads, count)`; -1 for none.
+    """Return the most attended member of every set, the first of several, `(rows, heads, count)`; -1 for none.
 
     Example:
         >>> pivots_of(torch.tensor([[[0.0, 2.0, 3.0, 1.0]]]), torch.tensor([[[-1, 1, 1, 2]]]), 3)
