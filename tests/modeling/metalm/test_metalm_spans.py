@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_ext.generation import ContrastiveSearch, PromptLookup
+from hf_ext.generation import ContrastiveSearch, PromptLookup, SpeculativeDecoding
 from hf_ext.modeling.metalm.spans_metalm import bounds_of
 from hf_ext.testing.model_base import assert_close
 from hf_ext.testing.tiny_models import build
@@ -126,6 +126,39 @@ def test_a_row_of_a_padded_batch_is_continued_as_alone(tiny, options):
     alone = [model.generate(batch[:1, :9], spans=tiny.SPANS[:1, :1], **settings)[:, -5:]]
     alone += [model.generate(batch[1:], spans=tiny.SPANS[1:], **settings)[:, -5:]]
     assert torch.equal(together, torch.cat(alone)), f"{together.tolist()} in a batch, {torch.cat(alone).tolist()} alone"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "opt"])
+@torch.no_grad()
+def test_architectures_continue_a_row_of_a_padded_batch_as_alone(tiny, kind):
+    model, batch = tiny.docked(kind), tiny.ids()
+    both = torch.cat([torch.nn.functional.pad(batch[:1, :9], (5, 0)), batch[1:]])
+    given = {"attention_mask": (torch.arange(14) >= torch.tensor([[5], [0]])).long()}
+    given["spans"] = torch.tensor([[[7, 10]], [[1, 9]]])
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(both, **given, **settings)[:, -5:]
+    alone = [model.generate(batch[:1, :9], spans=tiny.SPANS[:1, :1], **settings)[:, -5:]]
+    alone += [model.generate(batch[1:], spans=tiny.SPANS[1:], **settings)[:, -5:]]
+    assert torch.equal(together, torch.cat(alone)), f"{together.tolist()} in a batch, {torch.cat(alone).tolist()} alone"
+
+
+@torch.no_grad()
+def test_a_plain_draft_model_drafts_for_a_prompt_with_spans(tiny):
+    model, batch = tiny.docked(), tiny.ids(1)
+    settings = {"spans": tiny.SPANS[:1], "max_new_tokens": 6, "do_sample": False}
+    strategy = SpeculativeDecoding(build("llama", num_hidden_layers=1))
+    assert torch.equal(model.generate(batch, custom_generate=strategy, **settings), model.generate(batch, **settings))
+
+
+@torch.no_grad()
+def test_an_encoder_may_have_another_dtype(tiny):
+    model, batch = tiny.docked(), tiny.ids()
+    full = model(batch, spans=tiny.SPANS).logits
+    model.encoder.to(torch.bfloat16)
+    found = model(batch, spans=tiny.SPANS).logits
+    assert found.dtype == torch.float32
+    error = ((found - full).norm() / full.norm()).item()
+    assert 0 < error < 0.05, f"logits with an encoder in bfloat16 are off by {error:.3g} of their norm"
 
 
 @torch.no_grad()
