@@ -76,8 +76,11 @@ def test_summaries_accumulate_as_by_hand_and_a_batch_reads_as_its_rows(kind: str
         close(out[row][real], logits, f"{kind}, logits of row {row}", tolerance=3e-5)
         close(slots.vectors[row][slots.mask[row]], summaries, f"{kind}, summaries of row {row}", tolerance=3e-5)
     order = (1 - MASK).argsort(dim=1, stable=True)  # the same, padded on the right
-    turned = model.compress(IDS.gather(1, order), MASK.gather(1, order), segments=4)
+    given = {"input_ids": IDS.gather(1, order), "attention_mask": MASK.gather(1, order)}
+    turned = model.compress(**given, segments=4)
     close(turned.vectors[slots.mask], slots.vectors[slots.mask], f"{kind}, padded on the right", tolerance=3e-5)
+    on_the_right = model(**given, labels=given["input_ids"], segments=4).loss
+    close(model(IDS, attention_mask=MASK, labels=IDS, segments=4).loss, on_the_right, f"{kind}, loss", tolerance=3e-5)
 
 
 @torch.no_grad()
