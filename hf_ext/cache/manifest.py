@@ -89,6 +89,7 @@ PLUGINS: tuple[Plugin, ...] = (
         summary="Keep everything in a few bits: keys by channel, values by token, the last ones as they are.",
         target="hf_ext.cache.policies.kivi:KIVI",
         paper="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (arXiv:2402.02750)",
+        claims="hf_ext.claims.kivi:CLAIMS",
         example="model.generate(**inputs, past_key_values=CompressedCache(model.config, KIVI(bits=4)))",
     ),
     Plugin(
