@@ -157,7 +157,7 @@ def cost() -> Measurement:
     last, read = torch.ones(1, 16, dtype=torch.long), {}
     for segment in (10, 100):
         slots = model.compress(torch.ones(1, 3 * segment, dtype=torch.long), segments=segment)
-        calls = tiny_models.calls_of(model, lambda slots=slots: model(last, slots=slots))[1]
+        calls = tiny_models.calls_of(model, functools.partial(model, last, slots=slots))[1]
         read[3 * segment] = calls[-1][1]
     return Measurement(
         read[300] - read[30],

@@ -66,7 +66,8 @@ def check_model(model: Any, name: str) -> None:
             f"{name} feeds last states back as embeddings, and those of {kind} are {both[0].shape[-1]} and "
             f"{vectors.shape[-1]} wide"
         )
-    if float((both[0] - both[1]).abs().max()) > 1e-2 * float(both[1].abs().max()):
+    allowed = 1e-2 if weight.dtype in (torch.float32, torch.float64) else 0.25  # rounding of many layers
+    if float((both[0] - both[1]).abs().max()) > allowed * float(both[1].abs().max()):
         raise ValueError(f"{name} pads rows on the left, and {kind} reads a padded row otherwise than alone")
 
 

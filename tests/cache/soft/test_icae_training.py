@@ -217,3 +217,9 @@ def test_the_best_checkpoint_is_loaded_whole(tmp_path: Path):
     best = ICAEModel.from_pretrained(tiny_model(), trainer.state.best_model_checkpoint)
     difference = largest_difference(trainable(model), {n: dict(best.named_parameters())[n] for n in trainable(model)})
     assert difference == 0, f"weights differ from the best checkpoint's by up to {difference:.3g}"
+
+
+def test_a_model_in_bfloat16_is_taken_as_it_is():
+    made = ICAEModel(tiny_models.build("llama").bfloat16(), LoraConfig(**CONFIG), slots=2)
+    assert made.learned.memory.dtype == torch.float32
+    assert made.compress(*tiny_models.prompts()).vectors.dtype == torch.bfloat16
