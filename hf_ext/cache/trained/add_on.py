@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,7 +86,7 @@ class AddOnModel(PeftModelForCausalLM):
         super().save_pretrained(str(save_directory), *args, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.parts.named_parameters()}
-            save_file(tensors, Path(save_directory) / self.FILE)
+            save_file(tensors, Path(save_directory) / self.FILE, metadata={"options": json.dumps(self.own_options())})
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load the adapter together with its trained parts; see `PeftModel.load_adapter`.
@@ -114,9 +115,8 @@ class AddOnModel(PeftModelForCausalLM):
             for name, value in own.items():
                 value.copy_(saved.get_tensor(name))
 
-    @classmethod
-    def options_of(cls, tensors: Any) -> dict[str, Any]:
-        """Return the options with which a model is made anew, as an open safetensors file tells them."""
+    def own_options(self) -> dict[str, Any]:
+        """Return the options beside the adapter's with which the model is made anew."""
         raise NotImplementedError
 
     @classmethod
@@ -134,8 +134,8 @@ class AddOnModel(PeftModelForCausalLM):
         config = PeftConfig.from_pretrained(str(model_id), **kwargs)
         config.inference_mode = not is_trainable
         with safe_open(_file(model_id, cls.FILE, kwargs), "pt") as saved:
-            options = cls.options_of(saved)
-        made = cls(model, config, **options)  # type: ignore[arg-type]
+            options = json.loads(saved.metadata()["options"])
+        made = cls(model, config, **options)
         made.load_adapter(str(model_id), "default", is_trainable=is_trainable, **kwargs)
         return made if is_trainable else made.eval()
 

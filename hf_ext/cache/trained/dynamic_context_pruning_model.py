@@ -97,11 +97,9 @@ class DynamicContextPruningModel(AddOnModel):
         shares = [self._kept[n] for n in self._pruned if n in self._kept]
         return torch.stack(shares) if len(shares) == len(self._pruned) else None
 
-    @classmethod
-    def options_of(cls, tensors: Any) -> dict[str, Any]:
-        """Return the rank of saved parts."""
-        name = next(name for name in tensors.keys() if name.endswith(".query"))  # noqa: SIM118
-        return {"rank": tensors.get_slice(name).get_shape()[0]}
+    def own_options(self) -> dict[str, Any]:
+        """Return the rank."""
+        return {"rank": self.parts[str(self._pruned[0])].rank}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; in training mode what is dropped fades, in evaluation mode it is gone.
