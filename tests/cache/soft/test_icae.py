@@ -10,6 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType
 from transformers import DynamicCache
 
 from hf_ext.cache.soft import ICAEModel, Slots
+from hf_ext.generation import PromptLookup
 from hf_ext.testing import tiny_models
 from hf_ext.testing.strategy_base import close, refusal
 
@@ -100,6 +101,20 @@ def test_going_on_from_a_cached_prefix_equals_the_uncached_pass(kind: str):
         alone = model.generate(slots=slots[row], input_ids=IDS[row][MASK[row].bool()][None], **settings)
         assert torch.equal(alone[0, -5:], found[row, -5:]), f"row {row}"
     assert len(model.generate(slots=slots, input_ids=IDS, attention_mask=MASK, num_beams=2, **settings)) == 3
+
+
+@torch.no_grad()
+def test_other_ways_of_decoding_go_on_from_slots_and_from_their_cache():
+    model = built()
+    slots = model.compress(CONTEXT, CONTEXT_MASK)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(slots=slots, input_ids=IDS, attention_mask=MASK, **settings)
+    lookup = {"custom_generate": PromptLookup(), **settings}
+    assert torch.equal(model.generate(**model.continuing(slots, IDS, MASK), **lookup), expected)
+    assert torch.equal(model.generate(slots=slots, input_ids=IDS, attention_mask=MASK, **lookup), expected)
+    many = model.generate(slots=slots, input_ids=IDS, attention_mask=MASK, num_return_sequences=2, max_new_tokens=4,
+                          do_sample=True, pad_token_id=0)  # fmt: skip
+    assert many.shape == (6, 9)
 
 
 @torch.no_grad()
