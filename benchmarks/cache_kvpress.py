@@ -52,7 +52,9 @@ def version(package: str) -> str:
 def build(kvpress: Any, name: str, options: dict[str, Any], ratio: float) -> Any:
     """Return a press; an option that is a pair of a name and options is built likewise."""
     kind = getattr(kvpress, name)
-    given = {k: build(kvpress, *v, ratio) if isinstance(v, list) else v for k, v in copy.deepcopy(options).items()}
+    given = {
+        k: build(kvpress, v[0], v[1], ratio) if isinstance(v, list) else v for k, v in copy.deepcopy(options).items()
+    }
     press = kind(**given)
     press.compression_ratio = ratio
     return press

@@ -27,7 +27,7 @@ class Recipe:
         hidden: width.
         width: of a head; there are 8 query heads and 2 key heads.
         steps: of training.
-        rows: texts in a step.
+        tokens: in a step: as many texts as they are enough for.
         length: tokens of a text at the end of training.
         shortest: tokens of a text at first; whenever the mean loss has fallen below `learnt`, texts grow by an eighth.
         learnt: see above.
@@ -37,8 +37,8 @@ class Recipe:
     layers: int = 3
     hidden: int = 128
     width: int = 32
-    steps: int = 700
-    rows: int = 24
+    steps: int = 360
+    tokens: int = 3072
     length: int = 128
     shortest: int = 24
     learnt: float = 0.5
@@ -78,7 +78,10 @@ def train(recipe: Recipe, seed: int, tell: Callable[[str], None] = lambda _: Non
     chosen = optimizers(model, recipe.lr)
     length, mean = recipe.shortest, 5.0
     for step in range(recipe.steps):
-        ids, labels = training_batch(rng, recipe.rows, length, max(length // 3, 12))
+        asked = max(length // 3, 12)
+        # Four tasks take turns in a batch.
+        rows = max(recipe.tokens // (length + asked) // 4 * 4, 4)
+        ids, labels = training_batch(rng, rows, length, asked)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

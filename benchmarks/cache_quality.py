@@ -79,9 +79,11 @@ def quality(plan: Plan, tell: Tell = lambda _: None) -> dict[str, Any]:
         `cells`, `padded` and `versions` of kvpress's environment; see `docs/cache-benchmarks.md`.
     """
     start = time.perf_counter()
-    with _executor(plan.workers) as pool:
+    # Models are all trained at a time: on two cores, three one after the other would leave one idle in the end.
+    with _executor(plan.workers and max(plan.workers, len(plan.seeds))) as pool:
         for job in [pool.submit(train_one, plan, seed) for seed in plan.seeds]:
             tell(job.result())
+    with _executor(plan.workers) as pool:
         tell(f"models are there after {time.perf_counter() - start:.0f} s")
         presses = [pool.submit(run_kvpress, plan, seed) for seed in plan.seeds] if plan.kvpress else []
         own = [pool.submit(run_cells, plan, seed, task, plan.budgets) for seed in plan.seeds for task in TASKS]

@@ -299,6 +299,9 @@ def _column_sums(layer: CompressedLayer, passes: Sequence[Pass]) -> Tensor:
     mask = entries.real[:, :, None] & (entries.columns[:, :, None] <= own[:, None])
     if layer.window is not None:
         mask &= entries.columns[:, :, None] > (own - layer.window)[:, None]
+    if layer.policy.biased:
+        bias = entries.fields["bias"][:, :, None].to(query.dtype)
+        mask = torch.where(mask, bias, torch.finfo(query.dtype).min)
     groups = query.shape[1] // entries.keys.shape[1]
     with torch.no_grad():
         return column_sums(

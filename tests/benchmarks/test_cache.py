@@ -106,7 +106,7 @@ def test_texts_of_evaluation_are_the_same_each_time_and_differ_by_seed() -> None
 
 
 def test_a_model_is_trained_once_and_learns(folder: Path) -> None:
-    recipe = Recipe(layers=1, hidden=32, width=8, steps=60, rows=8, length=24, shortest=24, lr=1e-2)
+    recipe = Recipe(layers=1, hidden=32, width=8, steps=60, tokens=288, length=24, shortest=24, lr=1e-2)
     told: list[str] = []
     _, path = trained(recipe, 3, folder, told.append)
     first, last = (float(line.rsplit("loss ", 1)[1].split(",")[0]) for line in (told[0], told[-1]))

@@ -15,7 +15,7 @@ from hf_ext.testing.cache import CacheConformance
 from hf_ext.testing.cache_base import positions
 
 #: Nothing is kept from being merged.
-FREE = {"heavy": 0.0, "recent": 0.0, "sinks": 0}
+FREE = {"heavy": 0.0, "recent": 0.0, "sinks": 0, "least": -1.0}
 
 
 class TestKVMerger(CacheConformance):
@@ -122,7 +122,7 @@ def test_every_head_holds_its_budget_and_stands_for_all_tokens_through_chunks_an
     model = tiny_models.build("llama")
     model.set_attn_implementation("hf_ext")
     ids, mask = tiny_models.prompts((30, 22, 17))
-    cache = CompressedCache(model.config, KVMerger(budget=8, interval=1, sinks=2))
+    cache = CompressedCache(model.config, KVMerger(budget=8, interval=1, sinks=2, least=-1.0))
     start = 0
     for size in (20, 4, *[1] * 6):
         part = slice(start, start + size)
@@ -205,16 +205,55 @@ def test_what_a_set_becomes_is_the_formula_gone_through_in_a_loop() -> None:
 def test_heavy_first_and_last_tokens_are_not_merged_while_there_are_others() -> None:
     entries = entries_of(1, 2, 32, 4)
     entries.fields["attention"][:, :, 15] = 9.0
-    merged = compress(KVMerger(heavy=0.1, recent=0.25, sinks=2), entries, 12)
+    merged = compress(KVMerger(heavy=0.1, recent=0.25, sinks=2, least=-1.0), entries, 12)
     for head in range(2):
         kept = dict(zip(merged.columns[0, head].tolist(), merged.fields["bias"][0, head].tolist(), strict=True))
         assert {0, 1, 15, 29, 30, 31} <= set(kept)
         assert [kept[column] for column in (0, 1, 15, 29, 30, 31)] == [0.0] * 6
 
 
+def test_pairs_that_are_less_alike_than_told_are_dropped_instead_the_least_attended_first() -> None:
+    entries = entries_of(1, 2, 32, 4)
+    attention = entries.fields["attention"]
+    dropped = compress(KVMerger(heavy=0.25, recent=0.25, sinks=2, least=1.01), entries, 12)
+    for head in range(2):
+        middle = sorted(range(2, 29), key=lambda i: -attention[0, head, i])[: 12 - 2 - 3]
+        assert dropped.columns[0, head].tolist() == sorted([0, 1, *middle, 29, 30, 31])
+    assert (dropped.fields["bias"] == 0).all()
+    both = compress(KVMerger(**{**FREE, "least": 0.7}), entries, 12)
+    assert (both.real.sum(-1) == 12).all()
+    assert both.fields["bias"].max() > 0
+    cosine = torch.cosine_similarity(entries.keys[0, :, :-1], entries.keys[0, :, 1:], dim=-1)
+    assert both.fields["bias"].exp().sum() <= 2 * 12 + (cosine >= 0.7).sum() + 1e-3
+
+
 def test_a_budget_of_one_merges_everything() -> None:
-    merged = compress(KVMerger(), entries_of(1, 2, 12, 4, nothing=3), 1)
+    merged = compress(KVMerger(least=-1.0), entries_of(1, 2, 12, 4, nothing=3), 1)
     assert merged.fields["bias"].exp().flatten().tolist() == pytest.approx([9.0, 9.0])
+
+
+@torch.no_grad()
+def test_attention_is_counted_with_the_bias_also_where_past_tokens_are_recorded() -> None:
+    model = tiny_models.build("llama")
+    model.set_attn_implementation("hf_ext")
+    ids, mask = tiny_models.prompts((26, 20))
+    found = []
+    for record in (False, True):
+        cache = CompressedCache(model.config, KVMerger(budget=7, sinks=1, least=0.0))
+        if record:
+            cache.activate_past_recording()
+        for start, stop in ((0, 14), (14, 20), (20, 26)):
+            where = positions(mask[:, :stop], stop - start)
+            part, seen = ids[:, start:stop], mask[:, :stop]
+            model(part, attention_mask=seen, position_ids=where, past_key_values=cache)
+            if record:
+                cache.crop(0)
+        found.append([cache.entries(layer) for layer in range(2)])
+    for direct, recorded in zip(*found, strict=True):
+        assert torch.equal(direct.columns, recorded.columns)
+        gap = (direct.fields["attention"] - recorded.fields["attention"]).abs().max().item()
+        assert gap < 1e-4, f"the largest difference of attention is {gap:.2e}"
+        assert direct.fields["bias"].max() > 0
 
 
 @torch.no_grad()
@@ -265,6 +304,7 @@ def test_far_members_of_a_set_have_weights_above_zero_and_equal_ones_the_same() 
         ({"heavy": 1.0}, "heavy must be a share"),
         ({"heavy": 0.6, "recent": 0.4}, "leave nothing to merge"),
         ({"bandwidth": 0.0}, "bandwidth must be above 0"),
+        ({"least": -1.5}, "least must be a cosine from -1.0"),
         ({"budget": 0}, "budget in tokens must be at least 1"),
     ],
 )

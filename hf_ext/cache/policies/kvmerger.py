@@ -31,6 +31,8 @@ class KVMerger(CachePolicy):
 
     - the threshold is found from the budget unless it is given. A set being a run of neighbours, the threshold at which
       a head has `keep` sets is that of its most similar pairs, as many as there are entries too many: no search;
+    - under a small budget that finds keys which have little to do with each other. Pairs whose cosine is below `least`
+      are not merged: what is too much then is dropped, the least attended first, as by H2O. `least=-1.0` merges all;
     - `s` is defined there by the weights that it defines. Here it is the mean distance of the other members to the
       pivot, times `bandwidth`, which does not depend on the scale of the keys;
     - an entry of several tokens has less attention than they had: a softmax counts it once. So it carries the logarithm
@@ -44,6 +46,8 @@ class KVMerger(CachePolicy):
         budget: what each head may keep; see `CachePolicy`, as for all other options.
         threshold: cosine from which neighbours are merged, all of them whenever there are more entries than the budget
             says, and no others, so that the budget may be exceeded; by default just so many pairs as the budget wants.
+        least: without a threshold, the cosine from which neighbours may be merged at all; with -1.0 nothing is
+            dropped, and the first, the last and heavy tokens are merged if nothing else is left.
         heavy: share of the budget for the most attended tokens, which are not merged.
         recent: share of the budget for the last tokens, which are not merged; `window` of them at least.
         sinks: first tokens that are not merged.
@@ -51,24 +55,25 @@ class KVMerger(CachePolicy):
         biased: whether merged entries count as many as they stand for.
 
     Raises:
-        ValueError: shares that leave nothing to merge, or a bandwidth that is not positive.
+        ValueError: shares that leave nothing to merge, a `least` below -1.0, or a bandwidth that is not positive.
 
     Example:
         >>> from hf_ext.cache import CompressedCache
         >>> from hf_ext.testing import tiny_models
         >>> model = tiny_models.build("llama")
         >>> model.set_attn_implementation("hf_ext")
-        >>> cache = CompressedCache(model.config, KVMerger(budget=6, sinks=1))
+        >>> cache = CompressedCache(model.config, KVMerger(budget=6, sinks=1, least=-1.0))
         >>> _ = model(torch.arange(3, 15)[None], past_key_values=cache)
         >>> cache.held(), cache.entries(0).fields["bias"].exp().sum(-1).round().tolist()
         ([6, 6], [[12.0, 12.0]])
     """
 
     threshold: float | None = None
+    least: float = 0.8
     heavy: float = 0.25
-    recent: float = 0.25
+    recent: float = 0.5
     sinks: int = 4
-    bandwidth: float = 1.0
+    bandwidth: float = 0.5
     biased: bool = True  # type: ignore[misc]
 
     column_sums: ClassVar[bool] = True
@@ -82,6 +87,8 @@ class KVMerger(CachePolicy):
             raise ValueError(
                 f"heavy and recent leave nothing to merge: {self.heavy} and {self.recent} must be below 1.0 together"
             )
+        if not self.least >= -1:
+            raise ValueError(f"least must be a cosine from -1.0, got {self.least!r}")
         if not self.bandwidth > 0:
             raise ValueError(f"bandwidth must be above 0, got {self.bandwidth!r}")
 
@@ -114,8 +121,13 @@ class KVMerger(CachePolicy):
             joined = similarity >= self.threshold
         else:
             surplus = (entries.real.sum(-1) - keep[:, None]).clamp(min=0)
-            joined = most(similarity, surplus)
-        return self.merged(entries, joined)
+            possible = similarity if self.least <= -1 else similarity.masked_fill(similarity < self.least, -torch.inf)
+            joined = most(possible, surplus)
+        merged = self.merged(entries, joined)
+        if self.threshold is not None or self.least <= -1:
+            return merged
+        counts = keep[:, None].expand(-1, merged.keys.shape[1])
+        return merged.take(best(self.protected(self.scores(merged, seen), merged, keep), counts, merged))
 
     def similarities(self, entries: Entries, seen: Seen, keep: Tensor) -> Tensor:
         """Return how willingly each entry is merged with the next, `(rows, key heads, n - 1)`.
