@@ -108,10 +108,10 @@ def installed(backend: str) -> bool:
 
 
 def model_of(key_heads: int, room: int) -> LlamaForCausalLM:
-    """Return a random model of two layers with four query heads for each key head."""
+    """Return a random model of two layers with four query heads for each key head, narrow but for its attention."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=2,
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=4 * key_heads, num_key_value_heads=key_heads, head_dim=64 if key_heads == 2 else 128,
         max_position_embeddings=room,
     )  # fmt: skip
@@ -209,7 +209,7 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"```\n{record['command']}\n```",
         "",
-        "Random Llamas of 2 layers and hidden width 512 with 2 key heads of width 64, or 8 of width 128, and four",
+        "Random Llamas of 2 layers and hidden width 256 with 2 key heads of width 64, or 8 of width 128, and four",
         f"query heads for each; float32, one row. Groups of {GROUP}, {RESIDUAL} tokens in full precision, for all",
         "caches alike. The time is that of the whole model. *Times as fast*: the time of that cache over that of",
         f"`hf_ext`, the median over {record['rounds']} rounds, with its 95 % bootstrap interval.",
