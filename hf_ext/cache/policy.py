@@ -24,7 +24,6 @@ class Seen:
     Args:
         layer: number of the layer among those that are compressed.
         layers: number of layers that are compressed.
-        model_layer: number of the layer in the model, where layers that are not compressed count, too.
         queries: `(rows, heads, q, width)`, the last queries that the policy asked for, after rotation; None for a
             policy that needs none.
         query_columns: `(q,)` int64, the columns of these queries.
@@ -35,11 +34,11 @@ class Seen:
         softcap: at which scores are capped softly, if the model does.
         window: how far the layer looks back, if it slides.
         module: the attention layer, None where the attention implementation does not tell.
+        model_layer: number of the layer in the model, where layers that are not compressed count, too.
     """
 
     layer: int
     layers: int
-    model_layer: int = 0
     queries: Tensor | None = None
     query_columns: Tensor | None = None
     query_real: Tensor | None = None
@@ -48,6 +47,7 @@ class Seen:
     softcap: float | None = None
     window: int | None = None
     module: nn.Module | None = None
+    model_layer: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_ext.attention.exact import attend
+from hf_ext.attention.columns import column_sums
 from hf_ext.cache.entries import Entries
 from hf_ext.cache.policy import Seen
 
@@ -43,9 +43,5 @@ def received(entries: Entries, seen: Seen) -> Tensor:
     visible = visible & real[:, None, :, None]
     if visible.shape[1] > 1:
         visible = visible.repeat_interleave(groups, dim=1)
-    found = attend(
-        queries, entries.keys, entries.values, mask=visible, scale=seen.scale, softcap=seen.softcap, output=False,
-        column_sums=True,
-    )  # fmt: skip
-    assert found.column_sums is not None
-    return found.column_sums / (groups * real.sum(1).clamp(min=1))[:, None, None]
+    sums = column_sums(queries, entries.keys, mask=visible, scale=seen.scale, softcap=seen.softcap)
+    return sums / (groups * real.sum(1).clamp(min=1))[:, None, None]
