@@ -9,6 +9,7 @@ from hf_ext.lazy import lazy_attributes
 if TYPE_CHECKING:
     from hf_ext.generation.aded import ADED as ADED
     from hf_ext.generation.banditspec import BanditSpec as BanditSpec
+    from hf_ext.generation.bidirectional_context import BidirectionalContext as BidirectionalContext
     from hf_ext.generation.bitune import Bitune as Bitune
     from hf_ext.generation.bitune_model import BituneModel as BituneModel
     from hf_ext.generation.cautious import CautiousDecoding as CautiousDecoding
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hf_ext.generation.extended_mind import ExtendedMind as ExtendedMind
     from hf_ext.generation.hidden_transfer import HiddenTransfer as HiddenTransfer
     from hf_ext.generation.jacobi_decoding import JacobiDecoding as JacobiDecoding
+    from hf_ext.generation.just_read_twice import JustReadTwice as JustReadTwice
     from hf_ext.generation.kangaroo import Kangaroo as Kangaroo
     from hf_ext.generation.layerskip import LayerSkip as LayerSkip
     from hf_ext.generation.opt_tree import OptTree as OptTree
@@ -52,6 +54,7 @@ __getattr__, __all__ = lazy_attributes(
     {
         "ADED": "aded",
         "BanditSpec": "banditspec",
+        "BidirectionalContext": "bidirectional_context",
         "Bitune": "bitune",
         "BituneModel": "bitune_model",
         "CautiousDecoding": "cautious",
@@ -65,6 +68,7 @@ __getattr__, __all__ = lazy_attributes(
         "ExtendedMind": "extended_mind",
         "HiddenTransfer": "hidden_transfer",
         "JacobiDecoding": "jacobi_decoding",
+        "JustReadTwice": "just_read_twice",
         "Kangaroo": "kangaroo",
         "OptTree": "opt_tree",
         "ParallelContextWindows": "parallel_context_windows",

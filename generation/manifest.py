@@ -290,4 +290,27 @@ PLUGINS = (
         example="model = BituneModel.from_pretrained(model, 'path/of/the/adapters')\n"
         "model.generate(**inputs, custom_generate=Bitune())",
     ),
+    Plugin(
+        name="bidirectional-context",
+        kind="strategy",
+        summary="Documents of a prompt see each other without the causal mask; of several orders of them, the one in "
+        "which attention peaks highest answers.",
+        target="hf_ext.generation.bidirectional_context:BidirectionalContext",
+        paper="Masking in Multi-hop QA: An Analysis of How Language Models Perform with Context Permutation "
+        "(arXiv:2505.11754)",
+        covers=("bidirectional-context",),
+        claims="hf_ext.claims.bidirectional_context:CLAIMS",
+        example="model.generate(**prompt.encode(tokenizer), custom_generate=BidirectionalContext(orders=8))",
+    ),
+    Plugin(
+        name="just-read-twice",
+        kind="strategy",
+        summary="The prompt, or the marked part of it, is read twice before the model answers; for recurrent models, "
+        "which forget, and for all others.",
+        target="hf_ext.generation.just_read_twice:JustReadTwice",
+        paper="Just read twice: closing the recall gap for recurrent language models (arXiv:2407.05483)",
+        covers=("just-read-twice",),
+        claims="hf_ext.claims.just_read_twice:CLAIMS",
+        example="model.generate(**inputs, custom_generate=JustReadTwice())",
+    ),
 )
