@@ -24,7 +24,7 @@ def table() -> str:
 def _row(plugin: Plugin) -> str:
     found = re.search(r"arXiv:([\w.]+)", plugin.paper)
     paper = f"[{found.group(1)}](https://arxiv.org/abs/{found.group(1)})" if found else plugin.paper
-    card = f"[card](model_cards/{plugin.name}.md)"
+    card = f"[card](model_cards/{plugin.name}.md)" if plugin.claims else ""  # yardsticks have none
     return f"| `{plugin.name}` | {plugin.kind} | {plugin.summary} | {paper} | {card} |"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kvpress_indices import HORIZON, KERNEL, MODELS, SINKS, WINDOW, filters
+from hf_ext.benchmarks.kvpress_indices import HORIZON, KERNEL, MODELS, SINKS, WINDOW, filters
 from hf_ext.cache import H2O, TOVA, AdaKV, CachePolicy, CompressedCache, KeyDiff, Knorm, PyramidKV, SnapKV, StreamingLLM
 from hf_ext.cache.policies.expected_attention import ExpectedAttention
 from hf_ext.cache.policies.q_filters import QFilters

@@ -5,7 +5,9 @@ import pytest
 from hf_ext import plugins
 from hf_ext.verify import cards_dir, claims_of, problems, snippets
 
-OURS = [plugin.name for plugin in plugins.all() if plugin.target.startswith("hf_ext.")]
+ALL = [plugin for plugin in plugins.all() if plugin.target.startswith("hf_ext.")]
+#: Cache policies that serve as yardsticks make no claims; tests hold them against their definitions.
+OURS = [plugin.name for plugin in ALL if plugin.kind != "cache" or plugin.covers or plugin.claims]
 
 
 def test_there_are_plugins_to_check():

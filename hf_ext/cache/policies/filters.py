@@ -147,7 +147,9 @@ class Filters(PushToHubMixin):
             for text in _watched(texts, progress):
                 if isinstance(text, str) and tokenizer is None:
                     raise ValueError("texts are strings: give the tokenizer, too, or token ids in their place")
-                ids = torch.as_tensor(tokenizer(text)["input_ids"] if isinstance(text, str) else text)
+                if isinstance(text, str):
+                    text = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+                ids = torch.as_tensor(text)
                 ids = ids.flatten()[:max_length]
                 if len(ids):
                     model.base_model(ids[None].to(device), use_cache=False)

@@ -27,8 +27,11 @@ class QFilters(CachePolicy):
     Args:
         filters: of the model: `QFilters.fit(model, texts)`, `Filters.from_pretrained(folder)`, or a tensor
             `(layers, key heads, width)`.
-        budget: what each head may keep; see `CachePolicy`, as for all other options.
+        budget: what each head may keep of a row: tokens when an int, a share of the real tokens seen when a float.
+        sinks: first tokens that stay.
         window: last tokens that stay, at most half of the budget.
+        when: whether to drop at prefill, while decoding, or both.
+        interval: while decoding, drop as soon as so many tokens are too many; by default a 64th of the budget.
 
     Raises:
         ValueError: an option that is not of the form above; when it runs, filters of a model of another shape.
