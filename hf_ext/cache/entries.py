@@ -72,6 +72,7 @@ class Entries:
             index: `(rows, key heads, k)` int64 into the entries, ascending, -1 for nothing.
 
         Example:
+            >>> import torch
             >>> keys = torch.arange(3.0).view(1, 1, 3, 1)
             >>> entries = Entries(keys, keys, torch.arange(3).view(1, 1, 3), 3, torch.zeros(1))
             >>> entries.take(torch.tensor([[[-1, 0, 2]]])).columns

@@ -24,7 +24,10 @@ class Knorm(CachePolicy):
         >>> from hf_ext.testing import tiny_models
         >>> model = tiny_models.shared("llama")
         >>> cache = CompressedCache(model.config, Knorm(budget=0.5))
-        >>> _ = model.generate(tiny_models.prompt(), past_key_values=cache, max_new_tokens=2, do_sample=False)
+        >>> ids, _ = tiny_models.prompts((12,))
+        >>> _ = model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        >>> cache.get_seq_length(), cache.held()
+        (13, [6, 6])
     """
 
     def scores(self, entries: Entries, seen: Seen) -> Tensor:
