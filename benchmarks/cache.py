@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         add(f"--{part}", action="store_true", help=f"this part; without any of {', '.join(PARTS)}: all")
     add("--methods", help="comma-separated names; all by default")
     add("--seeds", type=int, default=3, help="models, each of its own seed")
-    add("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.35, 0.2], help="shares of a text, below 1.0")
+    add("--budgets", type=float, nargs="+", default=[0.5, 0.35, 0.2], help="shares of a text, below 1.0")
     add("--rows", type=int, default=48, help="texts of each task")
     add("--kvpress", type=Path, metavar="PYTHON", help="interpreter of an environment with kvpress")
     add("--models", type=Path, metavar="FOLDER", help="where trained models are kept; a cache folder by default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_ext.benchmarks import cache_tasks
 from hf_ext.benchmarks.cache_tasks import PAD, VOCABULARY, training_batch
 from hf_ext.demo.train import optimizers
 
@@ -54,9 +56,11 @@ class Recipe:
         )  # fmt: skip
 
     def key(self, seed: int) -> str:
-        """Return what tells a trained model from those of other recipes."""
-        text = json.dumps({**asdict(self), "seed": seed, "tasks": VOCABULARY}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Return what tells a trained model from those of other recipes, texts and seeds."""
+        text = json.dumps({**asdict(self), "seed": seed}, sort_keys=True)
+        # Another way to make texts or to train gives another model.
+        code = [inspect.getsource(part) for part in (cache_tasks, Recipe, train)]
+        return hashlib.sha256("\0".join([text, *code]).encode()).hexdigest()[:12]
 
 
 def folder() -> Path:

@@ -47,7 +47,7 @@ class Plan:
 
     recipe: Recipe = field(default_factory=Recipe)
     seeds: Sequence[int] = (0, 1, 2)
-    budgets: Sequence[float] = (0.75, 0.5, 0.35, 0.2)
+    budgets: Sequence[float] = (0.5, 0.35, 0.2)
     rows: int = 48
     kvpress: Path | None = None
     folder: Path | None = None

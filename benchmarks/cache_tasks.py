@@ -77,8 +77,8 @@ def tracking(rng: random.Random, room: int) -> Said:
 
 
 def copy(rng: random.Random, room: int) -> Said:
-    """Return one list of symbols in a third of the room, none of them twice."""
-    symbols = rng.sample([*KEYS, *VALUES], max(2, room // 3 - 2))
+    """Return one list of symbols in a quarter of the room, none of them twice."""
+    symbols = rng.sample([*KEYS, *VALUES], max(2, room // 4 - 2))
     return [[OPEN, *symbols, CLOSE]], [([OPEN], symbols)]
 
 
