@@ -39,6 +39,8 @@ class Option:
 def options_of(cls: type) -> list[Option]:
     """Return the options of a class in the order of its signature; of a model's configuration only its own.
 
+    What the class does not say of an option that it inherits, the base does.
+
     Example:
         >>> @dataclasses.dataclass
         ... class Search:
@@ -52,6 +54,8 @@ def options_of(cls: type) -> list[Option]:
         {'name': 'top_k', 'type': 'int', 'default': '4', 'help': 'how many candidates.'}
     """
     hints, texts = _hints(cls), _argument_texts(inspect.getdoc(cls) or "")
+    for base in cls.__mro__[1:-1]:  # what a class inherits and says nothing of
+        texts = {**_argument_texts(inspect.cleandoc(base.__doc__ or "")), **texts}
     inherited = _inherited_from_config(cls)
     return [
         Option(p.name, hints.get(p.name, p.annotation), _default(cls, p), texts.get(p.name, ""))

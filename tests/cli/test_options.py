@@ -127,3 +127,29 @@ def test_settings_that_cannot_be_taken_say_what_can(settings: list[str], cls: ty
 def test_type_names_are_short() -> None:
     assert type_name(Options | None) == "Options | None"
     assert type_name("PreTrainedModel") == "PreTrainedModel"
+
+
+@dataclass
+class Base:
+    """A base.
+
+    Args:
+        width: how wide.
+        depth: how deep.
+    """
+
+    width: int = 1
+    depth: int = 2
+
+
+@dataclass
+class Derived(Base):
+    """Says one thing anew.
+
+    Args:
+        width: how wide it really is.
+    """
+
+
+def test_what_a_class_does_not_say_of_an_option_its_base_does():
+    assert [option.help for option in options_of(Derived)] == ["how wide it really is.", "how deep."]
