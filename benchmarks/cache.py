@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hf_ext.benchmarks import cache_memory, cache_speed, cache_table
+from hf_ext.benchmarks.cache_methods import FAILED
 from hf_ext.benchmarks.cache_models import Recipe
 from hf_ext.benchmarks.cache_quality import Plan, quality
 from hf_ext.cli.output import CliError, print_table, quiet
@@ -108,6 +109,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write(path, text)
     if folder is not None:
         _write(folder / "cache.md", cache_table.markdown(record, cache_table.plot(record, folder)))
+    failures = broken(record)
+    if failures:
+        raise CliError("\n".join(["some methods broke:", *failures]))
+
+
+def broken(record: dict[str, Any]) -> list[str]:
+    """Return the methods of this package and of transformers that broke rather than refuse, each with its error."""
+    quality, memory = record.get("quality", {}), record.get("memory", {})
+    rows = [*quality.get("cells", []), *quality.get("padded", []), *memory.get("resident", [])]
+    rows += record.get("speed", {}).get("rows", [])
+    return sorted({f"{r['method']}: {r['problem']}" for r in rows if r.get("problem", "").startswith(FAILED)})
 
 
 def _check(options: argparse.Namespace) -> None:

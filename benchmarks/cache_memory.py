@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hf_ext.benchmarks.cache_methods import FULL, Method, bytes_of, methods
+from hf_ext.benchmarks.cache_methods import FULL, Method, bytes_of, methods, reason
 from hf_ext.benchmarks.cache_speed import model_of
 from hf_ext.benchmarks.speculative_measure import peak_memory
 from hf_ext.cache import CompressedCache
@@ -146,8 +146,8 @@ def resident(
                 for column in range(length, length + decoded):
                     model(ids[:, column : column + 1], past_key_values=cache)
                 row["after_decoding"] = bytes_of(cache) / _nominal(model, cache, budget, length + decoded)
-            except (ValueError, ImportError) as error:
-                row["problem"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            except Exception as error:
+                row["problem"] = reason(error)
             rows.append(row)
     return rows
 

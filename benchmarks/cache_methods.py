@@ -190,6 +190,21 @@ def policies(given: dict[str, dict[str, Any]]) -> Iterator[Method]:
                 yield Method(f"{plugin.name} + 4 bits", "hf_ext", plugin.name, options, quantise=4)
 
 
+#: Begins the problem of a method that did not refuse, but broke.
+FAILED = "failed: "
+
+
+def reason(error: Exception) -> str:
+    """Return in one line why a method has no figures.
+
+    Example:
+        >>> reason(ValueError("budget must be less")), reason(IndexError("7"))
+        ('ValueError: budget must be less', 'failed: IndexError: 7')
+    """
+    line = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return line if isinstance(error, ValueError | ImportError) else FAILED + line
+
+
 def bytes_of(cache: Cache) -> int:
     """Return the bytes of all tensors that a cache of any kind holds, each storage once."""
     if isinstance(cache, CompressedCache):

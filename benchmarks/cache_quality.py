@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_ext.benchmarks import cache_kvpress
-from hf_ext.benchmarks.cache_methods import FULL, PRESSES, Method, methods
+from hf_ext.benchmarks.cache_methods import FULL, PRESSES, Method, methods, reason
 from hf_ext.benchmarks.cache_models import Recipe, trained
 from hf_ext.benchmarks.cache_reading import accuracy, full_bytes, padded_groups, read
 from hf_ext.benchmarks.cache_tasks import TASKS, Batch, batch
@@ -166,8 +166,8 @@ def measured(
     length = texts.context.shape[1] + (texts.question.shape[1] if aware else 0)
     try:
         found = read(model, method.cache(model, budget, length, "prefill"), texts, aware)
-    except (ValueError, ImportError) as error:  # what a method refuses is shown, not hidden
-        return {**cell, "problem": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    except Exception as error:  # shown in the tables, and complained about in the end unless it is refused
+        return {**cell, "problem": reason(error)}
     return {**cell, "accuracy": accuracy(found.tokens, texts.answer), **_bytes(model, found.bytes, texts)}
 
 
@@ -198,8 +198,8 @@ def run_padded(plan: Plan, seed: int) -> list[Cell]:
                 for part in singles(texts, mask):
                     length = part.context.shape[1]
                     alone.append(read(model, method.cache(model, budget, length, "prefill"), part, False).tokens)
-        except (ValueError, ImportError) as error:
-            found.append({**cell, "problem": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
+        except Exception as error:
+            found.append({**cell, "problem": reason(error)})
             continue
         found.append({**cell, **compared(torch.cat(alone), torch.cat(together), torch.cat(wanted))})
     return found

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ext.benchmarks.cache_methods import FULL, Method, methods
+from hf_ext.benchmarks.cache_methods import FULL, Method, methods, reason
 from hf_ext.benchmarks.speculative_figures import spread
 
 #: What a budget leaves of a text.
@@ -78,8 +78,8 @@ def speed(
                 continue
             try:
                 found = once(model, method, ids, tokens)
-            except (ValueError, ImportError) as error:
-                problems[method.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            except Exception as error:
+                problems[method.name] = reason(error)
                 continue
             if turn:
                 times[method.name].append(found)

@@ -177,6 +177,21 @@ def test_cells_hold_fewer_bytes_with_smaller_budgets_and_say_what_is_refused(pla
     assert "a budget as a share must be above 0.0" in refused["problem"]
 
 
+def test_a_method_that_breaks_is_shown_and_complained_about(
+    plan: cache_quality.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = trained(plan.recipe, 0, plan.folder)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such column\nat all")
+
+    monkeypatch.setattr(Method, "cache", broken)
+    cell = cache_quality.measured(model, KNORM, 0.5, plan.texts("needle", 0), False)
+    assert cell["problem"] == "failed: RuntimeError: no such column"
+    refused = {"method": "h2o", "problem": "ValueError: no"}
+    assert cache.broken({"quality": {"cells": [cell, cell, refused]}}) == [f"knorm: {cell['problem']}"]
+
+
 def test_equal_bytes_are_as_many_tokens_as_fit() -> None:
     place = {"method": "knorm", "budget": 0.5, "aware": False, "task": "copy", "seed": 0}
     ours = {**place, "kind": "hf_ext", "bytes": 120.0}
