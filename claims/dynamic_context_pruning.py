@@ -31,7 +31,7 @@ from hf_ext.verify import Claim, Measurement, Threshold
 
 TASK = "Made up: 6 of 24 symbols among 42 of 24 tokens of noise, to be repeated in order"
 SYMBOLS, NOISE, CONTEXT, ASKED = 24, 24, 48, 6
-STEPS, MORE, ROWS, RANK, GAMMA, TESTED, SEEDS = 400, 300, 32, 16, 0.5, 1024, (0, 1)
+STEPS, MORE, ROWS, RANK, GAMMA, TESTED, SEEDS = 400, 300, 32, 16, 0.3, 1024, (0, 1)
 
 
 def task(count: int, seed: int) -> tuple[Tensor, Tensor]:

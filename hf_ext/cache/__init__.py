@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from hf_ext.cache.trained.dynamic_context_pruning_training import (
         DynamicContextPruningTraining as DynamicContextPruningTraining,
     )
+    from hf_ext.cache.trained.nugget2d import Nugget2D as Nugget2D
+    from hf_ext.cache.trained.nugget2d_model import Nugget2DModel as Nugget2DModel
+    from hf_ext.cache.trained.nugget_collator import NuggetCollator as NuggetCollator
 
 __getattr__, __all__ = lazy_attributes(
     __name__,
@@ -51,6 +54,9 @@ __getattr__, __all__ = lazy_attributes(
         "KVMerger": "policies.kvmerger",
         "KeyDiff": "policies.keydiff",
         "Knorm": "policies.knorm",
+        "Nugget2D": "trained.nugget2d",
+        "Nugget2DModel": "trained.nugget2d_model",
+        "NuggetCollator": "trained.nugget_collator",
         "PyramidKV": "policies.pyramidkv",
         "QFilters": "policies.q_filters",
         "Quantisation": "quantisation",

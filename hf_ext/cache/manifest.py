@@ -144,4 +144,16 @@ PLUGINS: tuple[Plugin, ...] = (
         "Trainer(model, args, train_dataset=data, callbacks=[DynamicContextPruningTraining()]).train()\n"
         "model.eval().generate(**inputs)",
     ),
+    Plugin(
+        name="nugget2d",
+        kind="cache",
+        summary="Keep of each context the tokens that a trained scorer values most, and read all later text after them.",
+        target="hf_ext.cache.trained.nugget2d:Nugget2D",
+        paper="Nugget 2D: Dynamic Contextual Compression for Scaling Decoder-only Language Models (arXiv:2310.02409)",
+        covers=("nugget2d",),
+        claims="hf_ext.claims.nugget2d:CLAIMS",
+        example="model = Nugget2DModel(model, LoraConfig(r=8, target_modules='all-linear'), budget=0.1)\n"
+        "Trainer(model, args, train_dataset=texts, data_collator=NuggetCollator(context=512)).train()\n"
+        "model.eval().generate(context_ids=context_ids, input_ids=input_ids)",
+    ),
 )

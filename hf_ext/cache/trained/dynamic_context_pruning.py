@@ -33,7 +33,10 @@ class DynamicContextPruning(CachePolicy):
     Source: Dynamic Context Pruning for Efficient and Interpretable Autoregressive Transformers (arXiv:2305.15805).
 
     Args:
-        budget: 1.0, as the model decides; `sinks` and `window` are 0 for the same reason.
+        budget: 1.0, as the model decides.
+        sinks: 0, likewise.
+        window: 0, likewise.
+        when: dropped tokens leave the memory at prefill, while decoding, or both; nobody sees them in any case.
         interval: dropped tokens leave the memory as soon as there are so many of them in a row; by default a 64th of
             what is held. Nobody sees them before that, either.
 

@@ -25,10 +25,13 @@ class Nugget2D(CachePolicy):
 
     Args:
         budget: nuggets of each context: a number when an int, a share of its real tokens when a float.
+        sinks: 0, as the scorer decides.
+        window: 0, likewise.
+        when: "both"; `Nugget2DModel.compress` says when.
+        interval: None, likewise.
 
     Raises:
-        ValueError: a budget that is neither; `sinks` or `window`, as the scorer decides; `when` and `interval`, as
-            nothing is dropped but by `compress`.
+        ValueError: a budget that is neither, or any other option.
 
     Example:
         >>> Nugget2D(budget=0.25).chosen(torch.tensor([[0.1, 0.9, 0.3, 0.2]]), torch.tensor([[True] * 4]))
