@@ -338,11 +338,12 @@ def test_what_is_held_is_near_the_nominal_bytes(dtype: torch.dtype) -> None:
     for bits in (2, 4, 8):
         for policy in (Knorm(budget=1.0), Knorm(budget=0.5, when="prefill"), StreamingLLM(budget=600, when="prefill")):
             cache = CompressedCache(model.config, policy, quantise=Quantisation(bits=bits, guard=False))
-            model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+            out = model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
             share = cache.resident_bytes() / cache.nominal_bytes()
             assert 0.95 < share < 1.05, f"{bits} bits, {policy}: {share:.3f} times the nominal bytes"
             if policy.budget == 1.0:
-                model.generate(ids, past_key_values=cache, max_new_tokens=70, do_sample=False)
+                model.generate(out, past_key_values=cache, max_new_tokens=70, do_sample=False)
+                assert cache.get_seq_length() == 1271
                 share = cache.resident_bytes() / cache.nominal_bytes()
                 assert 0.95 < share < 1.05, f"{bits} bits, decoding: {share:.3f} times the nominal bytes"
                 full = 2 * 2 * cache.get_seq_length() * 2 * 64 * dtype.itemsize
