@@ -11,6 +11,7 @@ import transformers as tf
 from hf_ext import adapter
 from hf_ext.generation import ContrastiveSearch, PromptLookup, SetBasedPrompting, SpeculativeDecoding
 from hf_ext.generation.just_read_twice import JustReadTwice
+from hf_ext.generation.plain import PlainDecoding
 from hf_ext.generation.structured import plainly
 from hf_ext.generation.structured.prompting import Prompt
 from hf_ext.testing import structured, tiny_models
@@ -182,6 +183,24 @@ def test_other_strategies_go_on_from_the_repeated_prompt(kind):
         same_tokens(run(model, ids, mask, JustReadTwice(decode_with=inner)).sequences, greedy, f"{kind}, {inner}")
 
 
+class Looks(PlainDecoding):
+    """Notes the mask that a strategy sees once the prompt has been read."""
+
+    def decode(self, run):
+        super().decode(run)
+        self.seen = run.attention_mask
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba", "qwen3-next"])
+def test_strategies_see_the_padding_of_all_that_was_read(kind):
+    model, (ids, mask) = model_of(kind), tiny_models.prompts()
+    looks = Looks()
+    run(model, ids, mask, JustReadTwice(decode_with=looks), max_new_tokens=3)
+    expected = torch.cat([doubled(ids, mask)[1], torch.ones(3, 3, dtype=torch.long)], dim=1)[:, : looks.seen.shape[1]]
+    same_tokens(looks.seen.long(), expected, f"{kind}, the mask")
+    assert looks.seen.shape[1] >= 24 + 2
+
+
 def test_strategies_that_need_single_tokens_are_refused_on_recurrent_models():
     model, (ids, _) = tiny_models.shared("mamba"), tiny_models.prompts((5,))
     for inner, words in ((PromptLookup(draft_tokens=3), "recurrent state"), (ContrastiveSearch(), "no cache")):
@@ -204,8 +223,9 @@ def test_the_report_counts_what_was_read(kind):
     plainly.state_problem(model, True)
     strategy = JustReadTwice()
     _, calls = tiny_models.calls_of(model, lambda: run(model, ids, mask, strategy))
-    assert calls == [(3, 24)] + [(3, 1)] * 5
-    assert strategy.report.target_positions == 3 * 24 + 3 * 5
+    assert calls == [(3, 24)] + [(3, 1)] * 5, f"{kind}: {calls}"
+    counted = strategy.report.target_positions
+    assert counted == 3 * 24 + 3 * 5, f"{kind}: counted {counted} positions, expected {3 * 24 + 3 * 5}"
 
 
 def test_what_cannot_be_honoured_is_refused():
