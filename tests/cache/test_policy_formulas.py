@@ -23,6 +23,7 @@ from hf_ext.cache import (
     SnapKV,
     StreamingLLM,
 )
+from hf_ext.cache.policies.received import received
 from hf_ext.cache.policies.rotations import rotations_of, turn
 from hf_ext.testing import tiny_models
 
@@ -105,6 +106,30 @@ def test_snapkv_keeps_what_the_window_attends_to_smoothed_over_neighbours(kernel
         smooth = [sum(part) / kernel for part in near] + [0.0] * window
         wanted.append(top(smooth, BUDGET, list(range(TOKENS - window, TOKENS))))
     assert kept(SnapKV(budget=BUDGET, window=window, kernel=kernel)) == wanted
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "gpt2"])
+def test_votes_are_the_mean_attention_of_the_window_on_other_models(kind: str):
+    """Sliding windows, normed queries and other scales included: every layer, against eager attention."""
+    votes: dict[int, Tensor] = {}
+
+    class Noted(SnapKV):
+        def scores(self, entries, seen) -> Tensor:
+            votes[seen.model_layer] = received(entries, seen)
+            return super().scores(entries, seen)
+
+    eager, other = tiny_models.build(kind), tiny_models.build(kind)
+    eager.set_attn_implementation("eager")
+    other.set_attn_implementation("hf_ext")
+    cache = CompressedCache(other.config, Noted(budget=6, window=4), sliding="compress")
+    with torch.no_grad():
+        weights = eager(full()[0], output_attentions=True).attentions
+        other(full()[0], past_key_values=cache)
+    assert len(votes) == 2
+    for layer, found in votes.items():
+        wanted = weights[layer][0, :, -4:].unflatten(0, (found.shape[1], -1)).mean((1, 2))
+        gap = (found[0] - wanted).abs().max().item()
+        assert gap < 1e-5, f"layer {layer}: the largest difference of a vote is {gap:.2e}"
 
 
 def test_tova_keeps_what_the_last_query_attends_to_in_the_mean_of_all_heads():
@@ -242,7 +267,7 @@ def test_rotations_are_those_of_the_model(kind: str):
         )
     turned = turn(rotations[0], here.layers[0].keys, torch.tensor(4000))  # later layers see what earlier ones saw
     gap = (turned - there.layers[0].keys).abs().max().item()
-    assert gap < 2e-3, f"the largest difference of a key is {gap:.2e}"
+    assert gap < 5e-4, f"the largest difference of a key is {gap:.2e}"
 
 
 def test_models_without_rotary_positions_are_refused_with_a_way_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class Filters(PushToHubMixin):
         texts: Iterable[str] | Iterable[Any],
         tokenizer: Any = None,
         max_length: int = 2048,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> Filters:
         """Compute the filters of a model from any text.
 
@@ -120,7 +121,7 @@ class Filters(PushToHubMixin):
             texts: strings, or token ids of each text. Some ten thousand tokens do.
             tokenizer: of the model, for strings.
             max_length: tokens of a text that are used.
-            progress: show a progress bar on the standard error stream.
+            progress: show a progress bar on the standard error stream; by default if that is a terminal.
 
         Raises:
             ValueError: no text, strings without a tokenizer, or a model without filters: an encoder-decoder, or one
@@ -222,8 +223,8 @@ class _Moments:
         return most.unflatten(0, (self.key_heads, -1)).mean(1).float().cpu()
 
 
-def _watched(texts: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
+def _watched(texts: Iterable[Any], progress: bool | None) -> Iterable[Any]:
+    if not (sys.stderr.isatty() if progress is None else progress):
         return texts
     from rich.console import Console
     from rich.progress import track
