@@ -44,6 +44,7 @@ class DynamicContextPruning(CachePolicy):
         ValueError: a budget, sinks or a window; when the model runs, one that is no `DynamicContextPruningModel`.
 
     Example:
+        >>> import torch
         >>> from peft import LoraConfig
         >>> from hf_ext.cache import CompressedCache, DynamicContextPruningModel
         >>> from hf_ext.testing import tiny_models
@@ -52,7 +53,7 @@ class DynamicContextPruning(CachePolicy):
         >>> lora = LoraConfig(r=2, target_modules=["q_proj"])
         >>> model = DynamicContextPruningModel(base, lora, rank=8, beta=0.5).eval()
         >>> cache = CompressedCache(base.config, DynamicContextPruning())
-        >>> out = model.generate(tiny_models.prompt(), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        >>> out = model.generate(torch.arange(1, 13)[None], past_key_values=cache, max_new_tokens=4, do_sample=False)
         >>> cache.get_seq_length() > max(cache.held())
         True
     """

@@ -50,11 +50,12 @@ class DynamicContextPruningModel(AddOnModel):
             prompt tuning, or a rank that is no positive int.
 
     Example:
+        >>> import torch
         >>> from peft import LoraConfig
         >>> from hf_ext.testing import tiny_models
         >>> lora = LoraConfig(r=2, target_modules=["q_proj"])
         >>> model = DynamicContextPruningModel(tiny_models.build("llama"), lora, rank=8)
-        >>> ids = tiny_models.prompt()
+        >>> ids = torch.arange(1, 13)[None]
         >>> model(input_ids=ids, labels=ids).loss.backward()
         >>> all(p.grad is not None for p in model.parts.parameters()), model.kept.shape
         (True, torch.Size([2, 1]))
