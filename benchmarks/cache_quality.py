@@ -25,7 +25,7 @@ from hf_ext.benchmarks.cache_tasks import TASKS, Batch, batch
 #: Seeds of evaluation texts are apart from those of training.
 HELD_OUT = 10_000
 #: Lengths of the texts of a padded batch, as shares of the longest, and the task, budget and groups of that part.
-SHARES, PADDED_TASK, PADDED_BUDGET, GROUPS = (1.0, 0.8, 0.6, 0.5), "needle", 0.5, 12
+SHARES, PADDED_TASK, PADDED_BUDGET, GROUPS = (1.0, 0.8, 0.6, 0.5), "needle", 0.5, 8
 Cell = dict[str, Any]
 Tell = Callable[[str], None]
 

@@ -41,7 +41,7 @@ PLUGINS: tuple[Plugin, ...] = (
     Plugin(
         name="kvmerger",
         kind="cache",
-        summary="Merge neighbours with similar keys into one entry, a weighted mean that counts as many as it stands for.",
+        summary="Merge neighbours with similar keys into one entry, a weighted mean that counts for all it stands for.",
         target="hf_ext.cache.policies.kvmerger:KVMerger",
         paper="Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs (arXiv:2407.08454)",
         covers=("kvmerger",),
@@ -147,7 +147,7 @@ PLUGINS: tuple[Plugin, ...] = (
     Plugin(
         name="nugget2d",
         kind="cache",
-        summary="Keep of each context the tokens that a trained scorer values most, and read all later text after them.",
+        summary="Keep of each context the tokens that a trained scorer values most, and read later text after them.",
         target="hf_ext.cache.trained.nugget2d:Nugget2D",
         paper="Nugget 2D: Dynamic Contextual Compression for Scaling Decoder-only Language Models (arXiv:2310.02409)",
         covers=("nugget2d",),
