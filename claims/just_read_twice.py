@@ -73,8 +73,9 @@ def right(times: int, first: bool = False) -> list[float]:
         first: see `questions`.
     """
     ids, answers = questions(TEST_ROWS, 10**9, first)
-    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
-    out = JustReadTwice(times=times).generate(model(), ids, **settings)
+    out = JustReadTwice(times=times).generate(
+        model(), ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
+    )
     return (out[:, -1] == answers).float().tolist()
 
 

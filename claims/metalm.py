@@ -161,8 +161,10 @@ def encoded_once() -> Measurement:
     hook = model.encoder.register_forward_pre_hook(lambda *_: read.append(1))
     try:
         for use_cache in (True, False):
-            settings = {"spans": spans, "max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-            made.append(model.generate(**inputs, **settings, use_cache=use_cache)[:, -16:])
+            out = model.generate(
+                **inputs, spans=spans, max_new_tokens=16, min_new_tokens=16, do_sample=False, use_cache=use_cache
+            )
+            made.append(out[:, -16:])
             read.append(0)
     finally:
         hook.remove()
