@@ -284,7 +284,7 @@ def seen(layer: CompressedLayer, passes: Sequence[Pass]) -> Seen:
         columns = torch.arange(layer.seen - queries.shape[2], layer.seen, device=device)
     return layer.cache.seen_of(
         layer, queries=queries, query_columns=columns, query_real=real, column_sums=sums, scale=last.scale,
-        softcap=last.softcap, module=last.module,
+        softcap=last.softcap, module=last.module, sinks=last.sinks,
     )  # fmt: skip
 
 

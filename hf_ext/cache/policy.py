@@ -35,6 +35,7 @@ class Seen:
         window: how far the layer looks back, if it slides.
         module: the attention layer, None where the attention implementation does not tell.
         model_layer: number of the layer in the model, where layers that are not compressed count, too.
+        sinks: `(heads,)` scores of the layer's learned attention sinks, if it has some.
     """
 
     layer: int
@@ -48,6 +49,7 @@ class Seen:
     window: int | None = None
     module: nn.Module | None = None
     model_layer: int = 0
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from hf_ext.cache import (
     H2O,
@@ -108,7 +109,20 @@ def test_snapkv_keeps_what_the_window_attends_to_smoothed_over_neighbours(kernel
     assert kept(SnapKV(budget=BUDGET, window=window, kernel=kernel)) == wanted
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3", "gpt2"])
+def with_sinks() -> Any:
+    """Return a tiny model whose attention has learned sinks."""
+    config = GptOssConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, sliding_window=8, num_local_experts=2,
+        num_experts_per_tok=1, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = tiny_models.fill(GptOssForCausalLM(config))
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.mul_(50)  # of the size of the scores
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "gpt2", "gpt_oss"])
 def test_votes_are_the_mean_attention_of_the_window_on_other_models(kind: str):
     """Sliding windows, normed queries and other scales included: every layer, against eager attention."""
     votes: dict[int, Tensor] = {}
@@ -118,7 +132,7 @@ def test_votes_are_the_mean_attention_of_the_window_on_other_models(kind: str):
             votes[seen.model_layer] = received(entries, seen)
             return super().scores(entries, seen)
 
-    eager, other = tiny_models.build(kind), tiny_models.build(kind)
+    eager, other = (with_sinks() if kind == "gpt_oss" else tiny_models.build(kind) for _ in range(2))
     eager.set_attn_implementation("eager")
     other.set_attn_implementation("hf_ext")
     cache = CompressedCache(other.config, Noted(budget=6, window=4), sliding="compress")

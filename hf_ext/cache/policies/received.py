@@ -19,7 +19,7 @@ def received(entries: Entries, seen: Seen) -> Tensor:
         seen: with queries; those of padding count for nothing.
 
     Returns:
-        `(rows, key heads, n)` float32; each head of a row sums to 1.
+        `(rows, key heads, n)` float32; each head of a row sums to 1, or to less if the layer has sinks.
 
     Example:
         >>> import torch
@@ -43,5 +43,5 @@ def received(entries: Entries, seen: Seen) -> Tensor:
     visible = visible & real[:, None, :, None]
     if visible.shape[1] > 1:
         visible = visible.repeat_interleave(groups, dim=1)
-    sums = column_sums(queries, entries.keys, mask=visible, scale=seen.scale, softcap=seen.softcap)
+    sums = column_sums(queries, entries.keys, mask=visible, scale=seen.scale, softcap=seen.softcap, sinks=seen.sinks)
     return sums / (groups * real.sum(1).clamp(min=1))[:, None, None]
