@@ -176,7 +176,7 @@ CLAIMS = (
     ),
     Claim(
         name="scorer-learns",
-        paper="The scorer is trained through attention, and so learns which tokens to keep.",
+        paper="(derived) A scorer that is trained through attention serves better than one that is not.",
         measures="share of right tokens in answers that see 16 of 48 tokens of a context: with a scorer that was "
         "trained, less with one that was not, everything else the same",
         threshold=Threshold(">", 0),

@@ -18,6 +18,10 @@ from hf_ext.cache.trained.add_on import AddOnModel, attention_modules
 from hf_ext.cache.trained.nugget2d import Nugget2D
 from hf_ext.layers import captured
 
+#: What stock `generate` does not do right after a cache that holds tokens, its own included: assisted decoding in all
+#: releases that are supported, prompts in chunks in the older ones.
+AFTER_NO_CACHE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+
 
 class Scorer(nn.Module):
     """Say how much each state is worth, by two linear layers.
@@ -251,8 +255,9 @@ class Nugget2DModel(AddOnModel):
         prompt = kwargs.pop("input_ids", None)
         if args or prompt is None or kwargs.get("past_key_values") is not None:
             raise ValueError("after contexts, the prompt is given as input_ids=..., and there is no other cache")
-        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
-            raise ValueError("transformers' assisted decoding goes wrong after a cache that holds tokens; leave it out")
+        wrong = [name for name in AFTER_NO_CACHE if kwargs.get(name) is not None]
+        if wrong:
+            raise ValueError(f"{wrong[0]} goes wrong in transformers after any cache that holds tokens; leave it out")
         after = _mask(prompt, kwargs.pop("attention_mask", None), "input_ids", left=True)
         before = _mask(context_ids, context_mask, "context_ids", left=True)
         cache = self.compress(context_ids, before)
