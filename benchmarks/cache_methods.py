@@ -21,8 +21,10 @@ FULL, SLIDING, QUANTISED = "full cache", "DynamicSlidingWindow", "QuantizedCache
 #: Options for texts of a few hundred tokens, where the defaults of the papers would leave a method no choice.
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 8}, "pyramidkv": {"window": 8}, "adakv": {"policy": ("snapkv", {"window": 8})},
-    "kivi": {"residual": 32}, "expected-attention": {"horizon": 64},
+    "kivi": {"residual": 8, "group": 16}, "expected-attention": {"horizon": 64},
 }  # fmt: skip
+#: Policies that are also shown with what they keep in 4 bits: one that looks at queries, one that looks at keys.
+CODED = ("snapkv", "keydiff")
 #: kvpress's name of the same method, its options, and whether it needs the matrices of eager attention.
 PRESSES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "knorm": ("KnormPress", {}, False),
@@ -129,7 +131,7 @@ def quantisation(bits: int) -> Any:
     """Return how what a policy keeps is packed."""
     from hf_ext.cache.quantisation import Quantisation
 
-    return Quantisation(bits=bits, group=16, residual=16, guard=False)
+    return Quantisation(bits=bits, group=16, residual=8, guard=False)
 
 
 def methods(short: bool = True) -> list[Method]:
@@ -186,7 +188,7 @@ def policies(given: dict[str, dict[str, Any]]) -> Iterator[Method]:
                 )  # fmt: skip
         else:
             yield Method(plugin.name, "hf_ext", plugin.name, options)
-            if plugin.name == "snapkv" and installed("hf_ext.cache.quantisation"):
+            if plugin.name in CODED and installed("hf_ext.cache.quantisation"):
                 yield Method(f"{plugin.name} + 4 bits", "hf_ext", plugin.name, options, quantise=4)
 
 

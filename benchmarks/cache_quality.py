@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from hf_ext.benchmarks import cache_kvpress
 from hf_ext.benchmarks.cache_methods import FULL, PRESSES, Method, methods, reason
 from hf_ext.benchmarks.cache_models import Recipe, trained
-from hf_ext.benchmarks.cache_reading import accuracy, full_bytes, padded_groups, read
+from hf_ext.benchmarks.cache_reading import accuracy, full_bytes, padded_groups, read, ways
 from hf_ext.benchmarks.cache_tasks import TASKS, Batch, batch
 
 #: Seeds of evaluation texts are apart from those of training.
@@ -139,7 +139,7 @@ def run_cells(plan: Plan, seed: int, task: str, budgets: Sequence[int | float]) 
         measured(model, method, budget, texts, aware, task=task, seed=seed)
         for method in plan.methods()
         for budget in (budgets if method.budgeted else (1.0,))
-        for aware in (False, True)
+        for aware in ways(texts)
     ]
 
 
@@ -151,7 +151,7 @@ def run_equal(plan: Plan, seed: int, task: str, budgets: dict[tuple[str, float, 
     return [
         {**measured(model, chosen[name], tokens, texts, aware, task=task, seed=seed),
          "budget": budget, "tokens": tokens, "method": f"{name}, equal bytes"}
-        for (name, budget, aware), tokens in budgets.items() if name in chosen
+        for (name, budget, aware), tokens in budgets.items() if name in chosen and aware in ways(texts)
     ]  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def measured(
         found = read(model, method.cache(model, budget, length, "prefill"), texts, aware)
     except Exception as error:  # shown in the tables, and complained about in the end unless it is refused
         return {**cell, "problem": reason(error)}
-    return {**cell, "accuracy": accuracy(found.tokens, texts.answer), **_bytes(model, found.bytes, texts)}
+    return {**cell, "accuracy": accuracy(found.tokens, texts.answer, aware), **_bytes(model, found.bytes, texts)}
 
 
 def _bytes(model: LlamaForCausalLM, held: int, texts: Batch) -> dict[str, float]:
@@ -235,7 +235,7 @@ def run_kvpress(plan: Plan, seed: int) -> dict[str, Any]:
         press, options, eager = PRESSES[name]
         common = {"name": name, "press": press, "options": options, "eager": eager}
         cells += [{**common, "ratio": 1 - budget, "aware": aware, "texts": task}
-                  for task in TASKS for budget in plan.budgets for aware in (False, True)]  # fmt: skip
+                  for task in TASKS for budget in plan.budgets for aware in ways(texts[task])]  # fmt: skip
         cells += [
             {**common, "ratio": 1 - PADDED_BUDGET, "aware": False, "texts": key} for key in given if key not in TASKS
         ]
@@ -254,7 +254,7 @@ def run_kvpress(plan: Plan, seed: int) -> dict[str, Any]:
         if "problem" in outcome:
             found.append({**common, "problem": outcome["problem"]})
         else:
-            right = accuracy(torch.tensor(outcome["tokens"]), one.answer)
+            right = accuracy(torch.tensor(outcome["tokens"]), one.answer, cell["aware"])
             found.append({**common, "accuracy": right, **_bytes(model, outcome["bytes"], one)})
     padded = [
         {"method": name, "kind": "kvpress", "budget": PADDED_BUDGET, "seed": seed, **_padded(outcomes, groups)}

@@ -72,14 +72,28 @@ def read(model: Any, cache: Cache, texts: Batch, aware: bool, mask: Tensor | Non
     return Answers(torch.cat(answer, dim=1), held)
 
 
-def accuracy(tokens: Tensor, wanted: Tensor) -> float:
+def accuracy(tokens: Tensor, wanted: Tensor, aware: bool = False) -> float:
     """Return the share of the answers' tokens that are right.
+
+    Args:
+        tokens: `(rows, a)`, what was answered.
+        wanted: `(rows, a)`.
+        aware: whether the question was read before anything was compressed: the first token of the answer is known by
+            then, whatever is dropped, and does not count.
 
     Example:
         >>> accuracy(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]]))
         0.75
+        >>> accuracy(torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]]), aware=True)
+        0.5
     """
-    return float((tokens == wanted).float().mean())
+    first = 1 if aware else 0
+    return float((tokens == wanted)[:, first:].float().mean())
+
+
+def ways(texts: Batch) -> tuple[bool, ...]:
+    """Return whether the texts can be asked about later, and with the question; the latter needs longer answers."""
+    return (False, True) if texts.answer.shape[1] > 1 else (False,)
 
 
 def full_bytes(model: Any, rows: int, tokens: int) -> int:

@@ -14,9 +14,10 @@ LEGEND = """\
 *Accuracy* is the share of answer tokens that are right, greedy, in per cent: the mean over seeds, with the lowest and
 the highest seed. *Bytes* are those of all tensors that a cache holds (keys, values, positions, scores, scales) after
 the question and one token of the answer, as a share of a full cache. Text and budget are the same for all; the question
-comes after the text was compressed (*unaware*) or with it (*aware*). kvpress runs in its own environment on the same
-weights and tokens, at the same nominal ratio; "equal bytes" is our method with so few tokens that it holds no more
-bytes than kvpress's. kvpress's per-head methods mask instead of dropping: their bytes are those they hold."""
+comes after the text was compressed (*unaware*) or with it (*aware*; the first token of the answer is known before
+anything is dropped then and does not count, so that needles have no such part). kvpress runs in its own environment on
+the same weights and tokens, at the same nominal ratio; "equal bytes" is our method with so few tokens that it holds no
+more bytes than kvpress's. kvpress's per-head methods mask instead of dropping: their bytes are those they hold."""
 
 
 def groups(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[tuple[Any, ...], list[Cell]]]:
@@ -125,7 +126,7 @@ def _best(cells: Sequence[Cell], kind: str, aware: bool, limit: float) -> str:
             accuracy, _, _, share = summary(members)
             if asked == aware and share <= limit + ALLOWED:
                 tasks[task] = max(tasks.get(task, 0.0), accuracy)
-        if tasks and len(tasks) == len({c["task"] for c in cells}):
+        if tasks and len(tasks) == len({c["task"] for c in cells if c["aware"] == aware}):
             scores.append((statistics.mean(tasks.values()), method))
     if not scores:
         return "-"
@@ -199,7 +200,9 @@ def sections(record: Cell) -> Iterator[tuple[str, list[str], list[list[str]]]]:
             yield "Methods that kvpress has, too", *shared_rows(cells)
         for task in dict.fromkeys(cell["task"] for cell in cells):
             for aware in (False, True):
-                yield f"Accuracy: {task}, {'aware' if aware else 'unaware'}", *quality_rows(cells, task, aware)
+                columns, rows = quality_rows(cells, task, aware)
+                if rows:
+                    yield f"Accuracy: {task}, {'aware' if aware else 'unaware'}", columns, rows
         yield "Batch 1 and padded batches", *padded_rows(quality["padded"])
         left_out = {(c["method"], c["kind"], c["problem"]) for c in cells if "problem" in c}
         if left_out:
@@ -253,8 +256,10 @@ def plot(record: Cell, folder: Path) -> list[str]:
     names = []
     if record.get("quality"):
         cells = record["quality"]["cells"]
-        tasks = list(dict.fromkeys(cell["task"] for cell in cells))
         for aware in (False, True):
+            tasks = list(dict.fromkeys(cell["task"] for cell in cells if cell["aware"] == aware))
+            if not tasks:
+                continue
             figure, axes = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 5), sharey=True, squeeze=False)
             for axis, task in zip(axes[0], tasks, strict=True):
                 _draw(axis, cells, task, aware)

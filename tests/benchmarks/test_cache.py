@@ -324,6 +324,7 @@ def test_a_quick_run_writes_a_record_that_renders(folder: Path, tmp_path: Path, 
     cache.main([*common, "--quality", "--speed", "--methods", "knorm", "--budgets", "0.5"])
     record = json.loads(out.read_text(encoding="utf-8"))
     assert {cell["task"] for cell in record["quality"]["cells"]} == set(TASKS)
+    assert {cell["task"] for cell in record["quality"]["cells"] if cell["aware"]} == set(TASKS) - {"needle"}
     assert str(folder) not in record["command"]
     names = cache_table.plot(record, tmp_path)
     assert names == ["cache_unaware.png", "cache_aware.png"]
