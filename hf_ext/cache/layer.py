@@ -376,6 +376,11 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             output, weights, step.column_sums = attend(query, self.store.keys, self.store.values, seen, at_once)
         elif not before:  # nothing but the new tokens, all of them in every head
             output, weights, step.column_sums = attend(query, keys, values, mask, at_once and given.real is None)
+        elif plain:
+            raise ValueError(
+                f"{type(policy).__name__} keeps other tokens in every head: there are no weights to return, to drop "
+                "or to take statistics of; leave out output_attentions, dropout and collect, or use another policy"
+            )
         else:
             output = attending.attend_ragged(self, query, given, step.scale, softcap, sinks)
         all_queries = policy.queries < 0 or self.record_past or (policy.column_sums and step.column_sums is None)

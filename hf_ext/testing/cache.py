@@ -24,6 +24,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "alternating": ("gemma3", {}),
     "sliding": ("mistral", {}),
     "offset-positions": ("opt", {}),
+    "sinks": ("gpt_oss", {}),
 }
 
 

@@ -61,10 +61,15 @@ def hidden(model: Any, held: dict[int, Tensor], seen: int) -> Iterator[None]:
         kept = kept[:, :, :-1]
         kept[:, :, seen:] = True
         kept = kept[:, :, offset:].repeat_interleave(query.shape[1] // columns.shape[1], dim=1)
-        return plain(module, query, key, value, mask & kept[:, :, None], **call)
+        return plain(module, query, key, value, added(mask & kept[:, :, None]), **call)
 
     with intercept(model, attend):
         yield
+
+
+def added(mask: Tensor) -> Tensor:
+    """Return a mask of bool as eager attention takes it."""
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def positions(mask: Tensor, count: int) -> Tensor:
@@ -76,7 +81,7 @@ class Script:
     """A run of passes over the same tokens with a compressed cache, and with a full one.
 
     Args:
-        model: with `attn_implementation="hf_ext"`; the reference runs under `"sdpa"`.
+        model: with `attn_implementation="hf_ext"`; the reference runs under `"eager"`.
         policy: of the compressed cache.
         mask: `(rows, columns)` of the tokens, padding on the left.
         options: of the cache.
@@ -105,7 +110,7 @@ class Script:
         model.set_attn_implementation(self.implementation)
         with torch.no_grad():
             found = model(ids, attention_mask=mask, position_ids=where, past_key_values=self.compressed).logits
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation("eager")
             with hidden(model, held, seen):
                 wanted = model(ids, attention_mask=mask, position_ids=where, past_key_values=self.full).logits
         real = mask[:, -count:].bool()

@@ -44,8 +44,8 @@ def build(kind: str, **changes: Any) -> Any:
     """Build a fresh tiny model.
 
     Args:
-        kind: an entry of `DECODERS` or `ENCODER_DECODERS`, or `"qwen2"`, `"mamba"` (recurrent
-            state), `"openai-gpt"` (no cache at all).
+        kind: an entry of `DECODERS` or `ENCODER_DECODERS`, or `"qwen2"`, `"gpt_oss"` (attention sinks), `"mamba"`
+            (recurrent state), `"openai-gpt"` (no cache at all).
         **changes: settings of its config to change.
 
     Returns:
@@ -84,6 +84,11 @@ def build(kind: str, **changes: Any) -> Any:
         "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", shape),
         "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**shape, "head_dim": 8}),
         "mistral": ("MistralForCausalLM", "MistralConfig", {**shape, **window}),
+        "gpt_oss": (
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            {**shape, **gemma, "num_local_experts": 2, "num_experts_per_tok": 1},
+        ),
         "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**shape, **gemma}),
         "opt": ("OPTForCausalLM", "OPTConfig", opt),
         "t5": ("T5ForConditionalGeneration", "T5Config", t5),

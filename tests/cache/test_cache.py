@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_ext.cache import H2O, CompressedCache, Knorm, StreamingLLM
+from hf_ext.cache import H2O, AdaKV, CompressedCache, Knorm, StreamingLLM
 from hf_ext.testing import tiny_models
 from hf_ext.testing.cache_base import Script, passes
 
@@ -212,6 +212,14 @@ def test_what_was_dropped_or_counted_cannot_be_forgotten():
     model(torch.arange(1, 13)[None], past_key_values=cache)
     cache.crop(-3)
     assert cache.get_seq_length() == 9
+
+
+def test_weights_of_uneven_heads_are_refused():
+    model = model_of()
+    cache = CompressedCache(model.config, AdaKV(policy=Knorm(), budget=6))
+    model(torch.arange(1, 13)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"no weights to return.*output_attentions"):
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache, output_attentions=True)
 
 
 def test_another_number_of_rows_is_refused():

@@ -21,7 +21,7 @@ from hf_ext.cache.stores.packed import PackedStore
 from hf_ext.cache.stores.steps import columns_of, joined, steps_of
 from hf_ext.testing import tiny_models
 from hf_ext.testing.cache import SHAPES
-from hf_ext.testing.cache_base import TOLERANCE, positions
+from hf_ext.testing.cache_base import TOLERANCE, added, positions
 from hf_ext.testing.cache_base import columns_of as held_columns
 
 GROUP, RESIDUAL = 4, 6
@@ -61,7 +61,7 @@ class Reference:
         self.model.set_attn_implementation(self.implementation)
         with torch.no_grad():
             found = self.model(ids, attention_mask=mask, position_ids=where, past_key_values=self.ours).logits
-            self.model.set_attn_implementation("sdpa")
+            self.model.set_attn_implementation("eager")
             with self.quantised(before, seen):
                 wanted = self.model(ids, attention_mask=mask, position_ids=where, past_key_values=self.full).logits
         real = mask[:, -count:].bool()
@@ -112,7 +112,8 @@ class Reference:
                 place = columns[:, :, : self.packed].long()
                 key, value = self.come_back(key, place, True), self.come_back(value, place, False)
             groups = query.shape[1] // heads
-            return plain(module, query, key, value, mask & kept.repeat_interleave(groups, 1)[:, :, None], **call)
+            sees = mask & kept.repeat_interleave(groups, 1)[:, :, None]
+            return plain(module, query, key, value, added(sees), **call)
 
         with intercept(self.model, attend):
             yield
