@@ -172,6 +172,9 @@ def policies(given: dict[str, dict[str, Any]]) -> Iterator[Method]:
         kind = plugin.load()
         if not (isinstance(kind, type) and issubclass(kind, CachePolicy)):
             continue  # a context made into slots is no policy: it is trained
+        if kind.only_for:
+            yield Method(plugin.name, "hf_ext", plugin.name, problem=f"needs a model trained for it, a {kind.only_for}")
+            continue
         needed = [
             f.name for f in dataclasses.fields(kind)
             if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -99,6 +99,8 @@ class CachePolicy:
     biased: ClassVar[bool] = False
     #: Whether it says, before attention, which entries each new query sees; `arriving` and `gate` are called then.
     gated: ClassVar[bool] = False
+    #: The class of the only models it is for, if they have to be trained for it.
+    only_for: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_budget(self.budget)

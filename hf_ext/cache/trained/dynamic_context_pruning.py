@@ -59,6 +59,7 @@ class DynamicContextPruning(CachePolicy):
     """
 
     gated: ClassVar[bool] = True
+    only_for: ClassVar[str] = "DynamicContextPruningModel"
     budget: int | float = 1.0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Nugget2D(CachePolicy):
         tensor([[False,  True, False,  True]])
     """
 
+    only_for: ClassVar[str] = "Nugget2DModel"
     budget: int | float = 0.1
 
     def __post_init__(self) -> None:
