@@ -28,18 +28,20 @@ class Recipe:
         layers: of the model.
         hidden: width.
         width: of a head; there are 8 query heads and 2 key heads.
-        steps: of training.
+        steps: of training at most.
+        settle: last steps, in which the learning rate falls; they begin when texts have reached their length.
         tokens: in a step: as many texts as they are enough for.
         length: tokens of a text at the end of training.
         shortest: tokens of a text at first; whenever the mean loss has fallen below `learnt`, texts grow by an eighth.
         learnt: see above.
-        lr: peak learning rate.
+        lr: learning rate before that.
     """
 
     layers: int = 3
     hidden: int = 128
     width: int = 32
-    steps: int = 360
+    steps: int = 1200
+    settle: int = 80
     tokens: int = 3072
     length: int = 128
     shortest: int = 24
@@ -81,7 +83,10 @@ def train(recipe: Recipe, seed: int, tell: Callable[[str], None] = lambda _: Non
     rng, start = random.Random(seed), time.perf_counter()
     chosen = optimizers(model, recipe.lr)
     length, mean = recipe.shortest, 5.0
+    last = recipe.steps  # how soon the tasks are learnt depends on the seed
     for step in range(recipe.steps):
+        if step == last:
+            break
         asked = max(length // 3, 12)
         # Four tasks take turns in a batch.
         rows = max(recipe.tokens // (length + asked) // 4 * 4, 4)
@@ -89,7 +94,7 @@ def train(recipe: Recipe, seed: int, tell: Callable[[str], None] = lambda _: Non
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        share = min(1.0, (step + 1) / 20, (recipe.steps - step) / (0.3 * recipe.steps))
+        share = min(1.0, (step + 1) / 20, (last - step) / recipe.settle)
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * share
@@ -98,9 +103,11 @@ def train(recipe: Recipe, seed: int, tell: Callable[[str], None] = lambda _: Non
         mean = 0.9 * mean + 0.1 * loss.item()
         if mean < recipe.learnt and length < recipe.length:
             length, mean = min(length + max(length // 8, 1), recipe.length), mean + 0.1
-        if step % 50 == 49:
+            if length == recipe.length:
+                last = min(step + 1 + recipe.settle, recipe.steps)
+        if step % 50 == 49 or step + 1 == last:
             spent = time.perf_counter() - start
-            tell(f"step {step + 1} of {recipe.steps}: texts of {length} tokens, loss {mean:.3f}, {spent:.0f} s")
+            tell(f"step {step + 1}: texts of {length} tokens, loss {mean:.3f}, {spent:.0f} s")
     return model.eval()
 
 
