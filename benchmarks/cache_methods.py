@@ -70,6 +70,8 @@ class Method:
     def policy(self, model: Any, budget: int | float, when: str | None = None) -> CachePolicy:
         """Return the policy with a budget, for a model."""
         more = {"budget": budget} if self.budgeted else {}
+        if self.quantise is not None:
+            when = "prefill"  # what is packed is never dropped
         return make_policy(model, self.plugin, {**self.options, **more}, when)
 
     def cache(self, model: Any, budget: int | float, tokens: int, when: str | None = None) -> Cache:
