@@ -768,7 +768,7 @@ def cached_tokens(cache: Cache | None) -> int:
 
     if cache is None:
         return 0
-    layers = cache.layers if isinstance(cache, cache_utils.Cache) else []
+    layers = cache_layers(cache) if isinstance(cache, cache_utils.Cache) else []
     if layers and not any(isinstance(layer, cache_utils.CacheLayerMixin) for layer in layers):
         return 0
     return int(cache.get_seq_length())

@@ -337,7 +337,7 @@ def test_prefix_function() -> None:
 
 #: Private by name, but what transformers asks authors of models to set and to read; and one that this package asks for.
 MODEL_AUTHORS = {"_attn_implementation", "_auto_class", "_can_compile_fullgraph", "_init_weights", "_no_split_modules"}
-MODEL_AUTHORS |= {"_extrapolates_length"}
+MODEL_AUTHORS |= {"_extrapolates_length", "_is_stateful"}
 #: Of Triton: `hf_ext/kernels/aot.py` compiles for GPUs that are not there, and its tests fail where this moves.
 TRITONS = {"_pack_args"}
 FOLDERS = ("hf_ext", "generation", "modeling", "trainer_callbacks", "claims", "benchmarks")
@@ -766,6 +766,7 @@ def test_cached_tokens() -> None:
     with stands_on("get_seq_length of caches"):
         assert adapter.cached_tokens(None) == 0
         assert adapter.cached_tokens(DynamicCache()) == 0
+        assert adapter.cached_tokens(EncoderDecoderCache(DynamicCache(), DynamicCache())) == 0
         assert adapter.cached_tokens(filled("llama")) == filled("llama").get_seq_length() > 0
         model = tiny_models.shared("mamba")
         assert adapter.cached_tokens(model(IDS, use_cache=True).cache_params) == 0
