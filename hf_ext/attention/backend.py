@@ -195,9 +195,20 @@ def _attend_to_cache(
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if not sums:
             return *attention(module, query, key, value, mask, **options), None
+        outer = module.__dict__.get(STATISTICS)
+        tracked = torch.is_grad_enabled() and query.requires_grad
+        elsewhere = outer is not None or options["output_attentions"] or options["dropout"] > 0 or tracked
+        if not (elsewhere or runs_kernels(query.device)):
+            from hf_ext.attention import columns
+
+            causal = _causal(module, query, mask, options["is_causal"])
+            found, column_sums = columns.attend(
+                query, key, value, mask=_as_dense(mask, query, key), causal=causal, scale=options["scaling"],
+                softcap=options["softcap"], sinks=options["s_aux"],
+            )  # fmt: skip
+            return found.transpose(1, 2).contiguous(), None, column_sums
         from hf_ext.attention.statistics import Statistics
 
-        outer = module.__dict__.get(STATISTICS)
         inner = Statistics(lse=outer is not None and outer.lse, column_sums=True)
         module.__dict__[STATISTICS] = inner
         try:
@@ -303,6 +314,11 @@ def _causal(
     """Tell whether a layer without a mask is causal, as SDPA in transformers decides it."""
     wanted = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     return query.shape[2] > 1 and attention_mask is None and bool(wanted)
+
+
+def _as_dense(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Return a mask that is no packed structure."""
+    return mask if mask is None or mask.dtype != torch.int32 else _dense(mask, query, key)
 
 
 def _dense(packed: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

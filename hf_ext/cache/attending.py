@@ -80,9 +80,9 @@ def visible(layer: CompressedLayer, given: Given, before: int, query: Tensor) ->
         the scores where entries carry a bias; on a GPU a packed structure, if one can say it.
     """
     store, count = layer.store, query.shape[2]
-    bias = store.bias  # type: ignore[union-attr]
-    if before == 0 and bias is None:
+    if before == 0:  # the new tokens alone, of which none has a bias yet
         return given.mask
+    bias = store.bias  # type: ignore[union-attr]
     windowed = layer.window is not None
     if count == 1 and not store.holes and bias is None and not windowed and not given.whole and given.real is None:
         return None
@@ -260,7 +260,7 @@ def seen(layer: CompressedLayer, passes: Sequence[Pass]) -> Seen:
     policy = layer.policy
     last = passes[-1]
     sums = last.column_sums if len(passes) == 1 else None
-    if policy.column_sums and sums is None:
+    if policy.column_sums and sums is None and layer.drops():
         sums = _column_sums(layer, passes)
     if sums is not None:
         sums = sums[..., sums.shape[-1] - len(layer.open_entries()) :]  # packed entries are no matter of the policy's

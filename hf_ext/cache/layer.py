@@ -93,8 +93,9 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         #: Whether it is known what becomes of attention when keys are quantised.
         self.guarded = False
         self.is_initialized = False
-        #: Tokens seen, padding included, and of each row the padding among them.
+        #: Tokens seen, padding included, up to now and up to the last prefill, and of each row the padding among them.
         self.seen = 0
+        self.prefilled = 0
         self.pads: list[int] = []
         self.pending: list[Pass] = []
         #: The last queries, for policies that look at several of them while decoding.
@@ -147,13 +148,21 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         return [tensor for tensor in found if tensor is not None]
 
     def nominal_bytes(self) -> int:
-        """Return the bytes of keys and values that the budget allows for what was seen."""
+        """Return the bytes of keys and values that the budget allows for what was seen.
+
+        A policy that drops at prefill only keeps what is decoded afterwards.
+        """
+        allowed = self.allowance()
+        if self.policy.when == "prefill" and self.prefilled <= self.seen:
+            since = self.seen - self.prefilled
+            budget = self.cache.budget_of(self.number)
+            allowed = [kept + since for kept in tokens_of(budget, [tokens - since for tokens in self.tokens])]
         if isinstance(self.store, PackedStore):
-            return self.store.nominal_bytes(self.allowance())
+            return self.store.nominal_bytes(allowed)
         keys, values = self.store.buffers["keys"], self.store.buffers["values"]
         heads = keys.shape[1] if keys.ndim == 4 else self.store.lengths.shape[1]  # type: ignore[union-attr]
         entry = heads * (keys.shape[-1] * keys.itemsize + values.shape[-1] * values.itemsize)
-        return sum(self.allowance()) * entry
+        return sum(allowed) * entry
 
     @property
     def tokens(self) -> list[int]:
@@ -323,6 +332,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self.queries, self.query_real = state.pop("queries", None), state.pop("query_real", None)
         self.store.restore(state)
         self.seen, self.pads, self.device, self.dtype = seen, list(pads), device, state["keys"].dtype
+        self.prefilled = seen
         self.is_initialized = True
 
     # What attention calls.
@@ -364,7 +374,8 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self._store(keys, values, given.real, policy.arriving(keys, module) if policy.gated else {})
         step = Pass(count, scale=query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, module=module)
         step.sinks = sinks
-        at_once = policy.column_sums and not self.record_past
+        counts = policy.column_sums and self.drops()
+        at_once = counts and not self.record_past
         weights = None
         if isinstance(self.store, PackedStore) and attending_packed.reads_codes(self.store, query, given, plain):
             output, sums = attending_packed.attend_packed(self.store, query, given, step.scale, softcap, sinks)
@@ -383,9 +394,9 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             )
         else:
             output = attending.attend_ragged(self, query, given, step.scale, softcap, sinks)
-        all_queries = policy.queries < 0 or self.record_past or (policy.column_sums and step.column_sums is None)
+        all_queries = policy.queries < 0 or self.record_past or (counts and step.column_sums is None)
         last = count if all_queries else min(policy.queries, count)
-        if last and (policy.queries or policy.column_sums):
+        if last and (policy.queries or counts):
             step.queries = query[:, :, -last:].detach()
             step.real = None if given.real is None else given.real[:, -last:]
         if self.cache.quantise is not None and self.cache.quantise.guard and not self.guarded:
@@ -421,6 +432,11 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         """Tell whether recorded passes are the first ones: they hold the prompt."""
         return sum(step.count for step in passes) == self.seen and self.seen > 1
 
+    def drops(self) -> bool:
+        """Tell whether the budget will ever be exceeded, so that it is worth counting what entries are attended to."""
+        budget = self.cache.budget_of(self.number)
+        return isinstance(budget, int) or budget < 1
+
     def _settle(self, passes: list[Pass], prefill: bool) -> None:
         """Let the policy look at what attention did, drop what is too much, and pack what is old enough."""
         self._drop(passes, prefill)
@@ -429,6 +445,8 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     def _drop(self, passes: list[Pass], prefill: bool) -> None:
         policy = self.policy
+        if prefill:
+            self.prefilled = self.seen
         due = policy.when == "both" or policy.when == ("prefill" if prefill else "decode")
         if not due and not policy.column_sums:
             if prefill:
@@ -436,8 +454,9 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             return
         from hf_ext.cache import attending
 
-        seen = attending.seen(self, passes) if policy.queries or policy.column_sums else None
-        if seen is not None and policy.column_sums:
+        counts = policy.column_sums and self.drops()
+        seen = attending.seen(self, passes) if policy.queries or counts else None
+        if seen is not None and counts:
             self.store.note(policy.observe(self.open_entries(), seen))
         keep = self.allowance()
         allowed = keep if prefill else [count + policy.slack(count) for count in keep]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_ext.attention import columns
 from hf_ext.attention.columns import column_sums
 from hf_ext.attention.exact import attend
 
@@ -44,3 +45,22 @@ def test_masks_of_any_form(additive, heads, entries):
     gap = (found - wanted).abs().max().item()
     assert gap < 1e-5, f"the largest difference is {gap:.2e}"
     assert abs(found.sum().item() - (2 * 4 * 9 - 4)) < 1e-3
+
+
+@pytest.mark.parametrize("entries", [1, 300, 2**20])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_comes_with_the_sums(case, entries):
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, heads, 37, 8, generator=generator) for heads in (4, 2, 2))
+    output, sums = columns.attend(query, key, value[..., :5], entries=entries, **CASES[case])
+    wanted = attend(query, key, value[..., :5], column_sums=True, **CASES[case])
+    gaps = (output - wanted.output).abs().max().item(), (sums - wanted.column_sums).abs().max().item()
+    assert max(gaps) < 1e-5, f"the largest differences are {gaps}"
+    mask = torch.rand(2, 4, 37, 37, generator=generator) < 0.5
+    mask[0, 0, 3] = False
+    output, _ = columns.attend(query, key, value, mask=mask, entries=entries)
+    wanted = attend(query, key, value, mask=mask)
+    seen = mask.any(-1)
+    gap = (output - wanted.output).abs()[seen].max().item()
+    assert gap < 1e-5, f"the largest difference is {gap:.2e}"
+    assert not output[~seen].any()
