@@ -105,10 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for title, columns, rows in cache_table.sections(record):
         print_table(columns, rows, title=title)
     text = json.dumps(record, indent=1) + "\n"
-    for path in filter(None, [options.json, folder and folder / "cache.json"]):
+    # Parts that were run alone do not replace the others.
+    name = "cache" if len(parts) == len(PARTS) else "_".join(["cache", *parts])
+    for path in filter(None, [options.json, folder and folder / f"{name}.json"]):
         _write(path, text)
     if folder is not None:
-        _write(folder / "cache.md", cache_table.markdown(record, cache_table.plot(record, folder)))
+        _write(folder / f"{name}.md", cache_table.markdown(record, cache_table.plot(record, folder)))
     failures = broken(record)
     if failures:
         raise CliError("\n".join(["some methods broke:", *failures]))
