@@ -135,7 +135,7 @@ def test_a_policy_is_told_the_last_queries_whatever_the_passes_were():
             if size == 5 and start:
                 cache.activate_past_recording()
             model(ids[:, part], attention_mask=mask[:, : part.stop], position_ids=where[:, part], past_key_values=cache)
-            if cache.is_recording_past(0):
+            if cache.layers[0].record_past:
                 cache.crop(-wrong)
             start += size - wrong
             seen = policy.told[-1]
