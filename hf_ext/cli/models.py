@@ -46,6 +46,8 @@ def load(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
+            raise CliError(f"{name} holds no tokenizer: save one there, tokenizer.save_pretrained(folder)") from error
         raise CliError(f"cannot load the tokenizer of {name}: {_reason(error)}") from error
     return model.to(place).eval(), tokenizer
 
@@ -62,6 +64,8 @@ def _device(name: str) -> Any:
 
 def _source(name: str) -> str:
     """Return the folder or the Hub id that `name` stands for."""
+    if not name:
+        raise CliError("--model is empty; it takes a folder, a Hub id, target or draft")
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -73,7 +77,7 @@ def _source(name: str) -> str:
         return str(demo.path(name))
     if path.exists():
         raise CliError(f"{name} is a file; --model takes a folder that save_pretrained wrote, or a Hub id")
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name:
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise CliError(f"no such folder: {name!r}")
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def train(
         list[str] | None,
         typer.Option(metavar="TEXT", help="New special token: <MARK>, <MARK_{0..9}>, mask_token=<MASK>; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the data's order and of the objectives.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the data's order and of the objectives.")] = 0,
     save: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; a fifth of the training.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     curves: Annotated[
@@ -70,12 +71,11 @@ def train(
     """
     if steps is not None and epochs is not None:
         raise CliError("--steps and --epochs exclude each other")
-    if epochs is not None and not epochs > 0:
-        raise CliError(f"--epochs {epochs}: expected a number above 0")
+    for option, number in (("--epochs", epochs), ("--learning-rate", learning_rate)):
+        if number is not None and not 0 < number < math.inf:
+            raise CliError(f"{option} {number}: expected a number above 0")
     if not 0 <= evaluation < 1:
         raise CliError(f"--eval {evaluation}: expected a share from 0 up to but not including 1")
-    if learning_rate is not None and not learning_rate > 0:
-        raise CliError(f"--learning-rate {learning_rate}: expected a number above 0")
     from hf_ext.cli import train_data, train_run, train_show
 
     for name in data:
@@ -95,13 +95,16 @@ def train(
         raise CliError(f"--length {length} exceeds the context of {model}, {context}")
     if add_token:
         train_run.add_tokens(loaded, tokenizer, add_token)
+    row_length = length or min(512, context or 512)
+    documents = [text for name in data for text in train_data.texts(name, seed)]
+    rows = train_data.rows(documents, tokenizer, row_length, evaluation, seed, packing)
     given = train_run.Settings(
         model=model,
         data=tuple(data),
         objectives={name: options for name, _, options in chosen},
         steps=steps,
         epochs=epochs,
-        length=length or min(512, context or 512),
+        length=row_length,
         batch=batch,
         accumulate=accumulate,
         learning_rate=learning_rate or (2e-4 if lora else 5e-5),
@@ -111,15 +114,17 @@ def train(
         evaluation=evaluation,
         seed=seed,
         save=save,
+        packing=packing,
+        added_tokens=tuple(add_token or ()),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        fingerprint=rows.fingerprint,
     )
-    documents = [text for name in data for text in train_data.texts(name, seed)]
-    rows = train_data.rows(documents, tokenizer, given.length, evaluation, seed, packing)
-    main_process = os.environ.get("RANK", "0") == "0"
-    checkpoint = train_run.open_folder(out, given, resume) if main_process or resume else None
     objectives = [built for _, built, _ in chosen]
     set_seed(seed)  # of new adapters
+    main_process = os.environ.get("RANK", "0") == "0"
     progress = train_show.Silent() if as_json or not main_process else train_show.Progress()
-    summary, trainer = train_run.train(loaded, tokenizer, rows, objectives, given, out, checkpoint, progress, cpu)
+    with train_run.folder(out, given, resume) as checkpoint:
+        summary, trainer = train_run.train(loaded, tokenizer, rows, objectives, given, out, checkpoint, progress, cpu)
     if not main_process:
         return
     title = f"{Path(model).name}: {' + '.join(one.name for one in objectives) or 'next-token prediction'}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from hf_ext.cli.output import CliError
 STDLIB = "stdlib"
 #: With fewer documents than this, the evaluation gets the end of the rows instead of documents of its own.
 FEWEST_DOCUMENTS = 20
+#: Files that are text, but hardly the text to train on.
+TABLES = (".json", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,30 @@ class Rows:
         """Tokens in the training rows."""
         return sum(len(row["input_ids"]) for row in self.train)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all rows."""
+        digest = hashlib.sha256()
+        for row in (*self.train, *self.evaluation):
+            digest.update(repr((row["input_ids"], row["labels"])).encode())
+        return digest.hexdigest()[:16]
+
 
 def check(name: str) -> None:
     """Refuse data that cannot be there, before anything slow is loaded.
 
     Raises:
-        CliError: there is no such file.
+        CliError: there is no such file, or it is a table.
     """
-    if name == STDLIB or Path(name).expanduser().is_file():
+    path = Path(name).expanduser()
+    if name != STDLIB and path.suffix.lower() in TABLES:
+        raise CliError(
+            f"--data {name}: of {path.suffix} files no fields are read; write a .jsonl file, a JSON object a line, "
+            "or rename it to .txt to train on the text as it stands"
+        )
+    if name == STDLIB or path.is_file():
         return
-    if Path(name).expanduser().is_dir():
+    if path.is_dir():
         raise CliError(f"--data {name} is a folder; name its files, each with --data")
     raise CliError(f"--data {name}: no such file (or {STDLIB!r}, the source of Python's standard library)")
 
@@ -68,7 +86,7 @@ def texts(name: str, seed: int) -> list[Text]:
         return found
     path = Path(name).expanduser()
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # without the mark that Windows puts before it
     except UnicodeDecodeError as error:
         raise CliError(f"--data {name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     found = list(_lines(name, content)) if path.suffix == ".jsonl" else [Text(content)]
@@ -87,7 +105,7 @@ def _modules() -> tuple[Text, ...]:
 
 def _lines(name: str, content: str) -> Iterator[Text]:
     wanted = 'an object with "text", or with "prompt" and "completion"'
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines would also cut within strings
         if not line.strip():
             continue
         try:
@@ -95,6 +113,8 @@ def _lines(name: str, content: str) -> Iterator[Text]:
         except json.JSONDecodeError as error:
             raise CliError(f"--data {name}, line {number}: no JSON ({error.msg})") from None
         fields = value if isinstance(value, dict) else {}
+        if "text" in fields and "completion" in fields:
+            raise CliError(f'--data {name}, line {number}: "text" and "completion" both; expected {wanted}')
         text = fields.get("text", fields.get("completion"))
         prompt = fields.get("prompt", "")
         if not isinstance(text, str) or not isinstance(prompt, str):
@@ -126,14 +146,22 @@ def rows(documents: Sequence[Text], tokenizer: Any, length: int, share: float, s
         encoded = [pair for index, pair in enumerate(encoded) if index not in chosen]
     cut = _packed if pack else _single
     train, evaluation = cut(encoded, length), cut(held, length)
-    if share and not held:
+    lost = 0 if pack else len(encoded) + len(held) - len(train) - len(evaluation)
+    if share and not evaluation:
         kept = len(train) - max(1, round(share * len(train)))
         train, evaluation = train[:kept], train[kept:]
     if not train or (share and not evaluation):
         tokens = sum(len(ids) for ids, _ in [*encoded, *held])
+        what = f"{tokens} tokens" + (f", in {lost} documents with nothing to train on in {length} tokens" * bool(lost))
         raise CliError(
-            f"the data has {tokens} tokens, too few for rows of {length} to train{' and to evaluate' if share else ''} "
-            "on: give more, a smaller --length" + (", or --eval 0" if share else "")
+            f"the data has {what}, too few for rows of {length} to train{' and to evaluate' if share else ''} "
+            f"on: give more, a {'larger' if lost else 'smaller'} --length" + (", or --eval 0" if share else "")
+        )
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(encoded) + len(held)} documents are left out: the completion is empty, or lies behind "
+            f"the {length} tokens of a row (--length)",
+            stacklevel=2,
         )
     return Rows(train, evaluation)
 

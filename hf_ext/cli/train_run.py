@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_ext.cli.models import EMBEDDED
-from hf_ext.cli.output import CliError
+from hf_ext.cli.output import CliError, print_report
 
 #: What a run was started with; `--resume` compares it.
 FILE = "hf_ext_train.json"
@@ -41,6 +44,10 @@ class Settings:
     evaluation: float
     seed: int
     save: int | None
+    packing: bool
+    added_tokens: tuple[str, ...]
+    processes: int
+    fingerprint: str  # of the rows
 
 
 def with_lora(model: Any, rank: int) -> Any:
@@ -59,13 +66,18 @@ def add_tokens(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
         tokens: `text`, `role=text` (`mask_token=<mask>`), or `<mark_{0..9}>` for ten of them.
 
     Raises:
-        CliError: a role is unknown to tokenizers.
+        CliError: a role is unknown to tokenizers, or there is no text.
     """
     roles, plain = {}, []
     for token in tokens:
         role, equals, text = token.partition("=")
         if not (equals and role.endswith("_token")):
-            plain += expanded(token)
+            role, text = "", token
+        found = expanded(text)
+        if not all(found) or not found:
+            raise CliError(f"--add-token {token!r}: expected a text, as <MARK>, <MARK_{{0..9}}> or mask_token=<MASK>")
+        if not role:
+            plain += found
         elif role in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
             roles[role] = text
         else:
@@ -91,32 +103,80 @@ def expanded(text: str) -> list[str]:
     return [f"{before}{number}{after}" for number in range(int(first), int(last) + 1)]
 
 
-def open_folder(out: Path, settings: Settings, resume: bool) -> str | None:
-    """Make the folder of a run, or find the checkpoint to resume from.
+@contextlib.contextmanager
+def folder(out: Path, settings: Settings, resume: bool) -> Iterator[str | None]:
+    """Make the folder of a run, or find the checkpoint to resume from; a run that saves nothing leaves no folder.
+
+    Args:
+        out: the folder.
+        settings: the run's, written into the folder or compared with what is there.
+        resume: go on with the run that is there.
+
+    Yields:
+        The last checkpoint that was written to its end; None if the training begins.
 
     Raises:
         CliError: the folder holds something else, or a run that was started with other options.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     record = json.loads(json.dumps(asdict(settings), default=str))
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise CliError(f"--out {out} exists and is not empty: choose another folder, or go on with --resume")
+    if resume:
+        _compare(out, record)
+        checkpoint = last_checkpoint(out)
+        if checkpoint is None and (out / "trainer_state.json").exists():
+            raise CliError(f"--resume: the run in {out} has ended, and its checkpoints are gone")
+        if checkpoint is None:
+            print_report(f"the run in {out} was stopped before its first checkpoint: it begins anew")
+        yield checkpoint
+        return
+    if os.environ.get("RANK", "0") != "0":
+        yield None
+        return
+    made = not out.exists()
+    if not made and (not out.is_dir() or any(out.iterdir())):
+        raise CliError(f"--out {out} exists and is not empty: choose another folder, or go on with --resume")
+    try:
         out.mkdir(parents=True, exist_ok=True)
         (out / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        return None
+    except OSError as error:
+        raise CliError(f"--out {out}: {error.strerror}") from error
+    try:
+        yield None
+    except BaseException:
+        if last_checkpoint(out) is None:  # refused, or stopped too early: the next try finds the place free
+            shutil.rmtree(out)
+            if not made:
+                out.mkdir()
+        raise
+
+
+def _compare(out: Path, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was started with other options or on other data."""
     if not (out / FILE).is_file():
         raise CliError(f"--resume: {out} holds no run of hf-ext train")
     before = json.loads((out / FILE).read_text(encoding="utf-8"))
     other = [name for name in record if name not in MAY_DIFFER and before.get(name) != record[name]]
+    if other == ["fingerprint"]:
+        raise CliError(f"--resume: the data have changed since the run in {out} began")
     if other:
         name = other[0]
         raise CliError(f"--resume: the run in {out} has {name} {before.get(name)!r}, this one {record[name]!r}")
-    found = get_last_checkpoint(str(out))
-    if found is None:
-        raise CliError(f"--resume: the run in {out} has saved no checkpoint yet; delete the folder and start again")
-    return found
+
+
+def last_checkpoint(out: Path) -> str | None:
+    """Return the last checkpoint of a run that was written to its end: the Trainer writes its state last.
+
+    Args:
+        out: folder of the run.
+    """
+    from transformers.trainer_callback import TrainerState
+
+    for path in sorted(out.glob("checkpoint-*"), key=lambda path: _step_of(str(path)), reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / "trainer_state.json"))
+        except (OSError, ValueError):  # the process was killed while it wrote
+            continue
+        return str(path)
+    return None
 
 
 def train(
@@ -146,6 +206,7 @@ def train(
     from transformers import PrinterCallback, Trainer
 
     from hf_ext.cli.train_data import Collator
+    from hf_ext.cli.train_show import Diverged
     from hf_ext.trainer_callbacks import attach
 
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
@@ -160,7 +221,7 @@ def train(
         eval_dataset=rows.evaluation or None,
         processing_class=tokenizer,
         data_collator=Collator(pad),
-        callbacks=[*(one for one in objectives if one is not first), progress],
+        callbacks=[*(one for one in objectives if one is not first), progress, Diverged()],
     )
     trainer.remove_callback(PrinterCallback)
     if first is not None:
@@ -168,6 +229,10 @@ def train(
     started, done = time.perf_counter(), _step_of(checkpoint)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        if "add_special_tokens" in str(error):  # what the method lacks, and how a script gives it
+            raise CliError(f"{error} (on this command line: --add-token TEXT)") from error
+        raise
     finally:
         progress.close()
     seconds = time.perf_counter() - started
@@ -203,12 +268,9 @@ def train(
 
 def arguments(settings: Settings, rows: Any, out: Path, cpu: bool) -> Any:
     """Return the training arguments of a run."""
-    import os
-
     from transformers import TrainingArguments
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    each = max(1, math.ceil(len(rows.train) / (settings.batch * settings.accumulate * processes)))
+    each = max(1, math.ceil(len(rows.train) / (settings.batch * settings.accumulate * settings.processes)))
     total = settings.steps or max(1, math.ceil((settings.epochs or 1.0) * each))
     every = settings.save or max(1, total // CHECKPOINTS)
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
@@ -226,6 +288,7 @@ def arguments(settings: Settings, rows: Any, out: Path, cpu: bool) -> Any:
         seed=settings.seed,
         logging_steps=max(1, total // LOGS),
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is no number is to be seen
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,17 @@ BOOKKEEPING = frozenset(
     {"epoch", "step", "grad_norm", "learning_rate", "total_flos", "train_loss", "num_input_tokens_seen"}
 )
 LOSSES = {"loss": "objective", "clean_loss": "next-token loss, training", "eval_loss": "next-token loss, evaluation"}
+
+
+class Diverged(TrainerCallback):
+    """Stops a training whose loss is no number any more."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Look at the losses."""
+        for name in LOSSES:
+            value = (logs or {}).get(name, 0.0)
+            if not math.isfinite(value):
+                raise CliError(f"{name} is {value} at step {state.global_step}: try a smaller --learning-rate")
 
 
 class Silent(TrainerCallback):

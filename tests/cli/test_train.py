@@ -92,6 +92,10 @@ def test_a_resumed_run_ends_where_one_without_a_break_ends(
     assert "step 1/4: loss" in run.err
     monkeypatch.undo()
     monkeypatch.setattr(plugins, "get", lambda name: TWICE)
+    torn = broken / "checkpoint-3"  # as if the process had been killed while it wrote: the state comes last
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    (torn / "trainer_state.json").write_text('{"epoch": 0.5, ', encoding="utf-8")
     again = cli(*options(broken), "--resume", "--json")
     assert again.status == 0, again.err
     assert json.loads(again.out)["resumed_from"] == 2
@@ -103,6 +107,38 @@ def test_a_resumed_run_ends_where_one_without_a_break_ends(
     other = cli(*options(broken), "--resume", "--batch", 2)
     assert other.err == f"error: --resume: the run in {broken} has batch 4, this one 2\n"
     assert "exists and is not empty" in cli(*options(broken)).err
+    text.write_text(text.read_text(encoding="utf-8").replace("dog", "cow"), encoding="utf-8")
+    assert "the data have changed since the run in" in cli(*options(broken), "--resume").err
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    cli: Any, model_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, arguments = tmp_path / "out", ["--steps", 2, "--eval", 0, "--no-curves"]
+    whole = tmp_path / "whole"
+    assert cli(*common(model_folder, text, whole), *arguments).status == 0
+    out.mkdir()
+    (out / train_run.FILE).write_text((whole / train_run.FILE).read_text(encoding="utf-8"), encoding="utf-8")
+    (out / "checkpoint-1").mkdir()
+    run = cli(*common(model_folder, text, out), *arguments, "--resume")
+    assert run.status == 0, run.err
+    assert run.err.startswith(f"the run in {out} was stopped before its first checkpoint: it begins anew\n")
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for folder in out.glob("checkpoint-*"):
+        (folder / "trainer_state.json").unlink()
+    run = cli(*common(model_folder, text, out), *arguments, "--resume")
+    assert run.err == f"error: --resume: the run in {out} has ended, and its checkpoints are gone\n"
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_leaves_no_folder(
+    cli: Any, model_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    run = cli(*common(model_folder, text, tmp_path / "out"), "--steps", 40, "--save", 40, "--learning-rate", 1e30)
+    assert run.status == 1
+    assert " is nan at step " in run.err, run.err
+    assert run.err.endswith("try a smaller --learning-rate\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_train_and_are_saved_alone(cli: Any, model_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -179,10 +215,16 @@ def test_new_special_tokens_get_a_role_and_room(model_folder: Path) -> None:
         (["--set", "gamma=1"], "there is no --objective that it could be for"),
         (["--steps", "3", "--epochs", "1"], "--steps and --epochs exclude each other"),
         (["--eval", "1.5"], "--eval 1.5: expected a share"),
+        (["--epochs", "inf"], "--epochs inf: expected a number above 0"),
+        (["--add-token", ""], "--add-token '': expected a text"),
+        (["--add-token", "<M_{3..1}>"], "--add-token '<M_{3..1}>': expected a text"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: no such file"),
+        (["--data", "table.csv"], "--data table.csv: of .csv files no fields are read; write a .jsonl file"),
         (["--length", "4096"], "--length 4096 exceeds the context of"),
         (["--objective", "focal", "--objective", "twice", "--steps", "1"], "both replace the loss"),
         (["--objective", "meap", "--steps", "1", "--no-curves"], "MEAP needs a mask token"),
+        (["--objective", "fim", "--steps", "1", "--no-curves"], "(on this command line: --add-token TEXT)"),
+        (["--objective", "emo", "--objective", "ua-clm", "--steps", "1"], "both replace the loss"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -194,6 +236,7 @@ def test_wrong_input_is_one_line(
     assert run.out == ""
     assert message in run.err, run.err
     assert [line for line in run.err.splitlines() if line.startswith("error: ")] == [run.err.splitlines()[-1]]
+    assert not (tmp_path / "out").exists(), "the next try would be told to choose another folder"
 
 
 def test_an_objective_that_needs_an_object_says_where_to_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +265,7 @@ def _taught() -> Any:
         ('{"text": "a"}\nnot json\n', "line 2: no JSON"),
         ('{"txt": "a"}\n', 'line 1: expected an object with "text"'),
         ("\n", "holds no text"),
+        ('{"text": "a", "completion": "b"}\n', 'line 1: "text" and "completion" both'),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, content: str, message: str) -> None:
@@ -229,6 +273,24 @@ def test_a_damaged_line_is_named(tmp_path: Path, content: str, message: str) -> 
     file.write_text(content, encoding="utf-8")
     with pytest.raises(CliError, match=message):
         train_data.texts(str(file), 0)
+
+
+def test_a_mark_of_byte_order_and_separators_within_strings_are_no_trouble(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('\ufeff{"text": "a\u2028b\x85c"}\r\n{"text": "d"}', encoding="utf-8")
+    assert [text.completion for text in train_data.texts(str(file), 0)] == ["a\u2028b\x85c", "d"]
+
+
+def test_documents_whose_prompt_fills_the_row_are_left_out_and_that_is_said(model_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    long, short = train_data.Text("xyz", prompt="abc " * 10), train_data.Text("xyz", prompt="abc")
+    with pytest.warns(UserWarning, match="20 of 25 documents are left out"):
+        found = train_data.rows([long] * 20 + [short] * 5, tokenizer, 32, 0.05, 0, pack=True)
+    assert (len(found.train), len(found.evaluation)) == (4, 1)
+    with pytest.raises(CliError, match=r"in 3 documents with nothing to train on in 32 tokens.*a larger --length"):
+        train_data.rows([long] * 3, tokenizer, 32, 0.0, 0, pack=True)
 
 
 def test_too_little_text_is_refused(model_folder: Path) -> None:
