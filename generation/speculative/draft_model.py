@@ -130,12 +130,15 @@ def as_model(draft: Any, target: PreTrainedModel) -> PreTrainedModel:
     """Return a draft model, loaded with the target's dtype and on its device if only its name or folder was given.
 
     Raises:
-        ValueError: it is neither a model nor a name or folder.
+        ValueError: it is neither a model nor a name or folder, or none can be loaded from there.
     """
     if isinstance(draft, torch.nn.Module):
         return draft  # type: ignore[return-value]
     if isinstance(draft, (str, Path)):
-        return _load(str(draft), target.dtype, target.device)
+        try:
+            return _load(str(draft), target.dtype, target.device)
+        except (OSError, ValueError) as error:  # what transformers raises for a folder or name without a model
+            raise ValueError(f"cannot load the draft model {str(draft)!r}: {error}") from error
     raise ValueError(
         f"draft_model must be a causal language model, or the name or folder of one, got a {type(draft).__name__}"
     )

@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Methods of the language-modelling literature as plugins for Hugging Face code.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for module in (listing, generate, train, demo, verify, bench, publish):
     for name, command, settings in module.COMMANDS:

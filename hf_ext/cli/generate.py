@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hf_ext import plugins
+from hf_ext.cli.models import EMBEDDED
 from hf_ext.cli.output import CliError, print_json, print_report, quiet
 
 #: What `generate` of transformers does by itself.
@@ -27,7 +29,7 @@ def generate(
     ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")] = False,
     temperature: Annotated[float | None, typer.Option(help="For drawing; implies --sample.")] = None,
-    seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="For drawing.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     beyond_context: Annotated[
@@ -42,9 +44,14 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt:
         raise CliError("the prompt is empty; there is nothing to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes that the terminal's encoding does not know arrive as surrogates
+        raise CliError("the prompt is not valid text in the terminal's encoding; give it in UTF-8") from None
     if temperature is not None and not temperature > 0:
         raise CliError(f"--temperature {temperature}: expected a number above 0")
-    decode = _decoder(strategy, settings or [])  # before the slow part, so that wrong options fail at once
+    sampling = sample or temperature is not None or strategy == "sample"
+    decode = _decoder(strategy, settings or [], sampling)  # before the slow part, so that wrong options fail at once
     quiet()
     import transformers
 
@@ -57,10 +64,8 @@ def generate(
         raise CliError("the prompt is empty after tokenization; there is nothing to continue")
     arguments: dict[str, Any] = dict(inputs)
     arguments["max_new_tokens"] = _new_tokens(loaded, model, length, max_new_tokens, beyond_context)
-    if sample or temperature is not None or strategy == "sample":
-        arguments["do_sample"] = True
-    elif strategy == "greedy":
-        arguments["do_sample"] = False
+    if sampling or strategy == "greedy":
+        arguments["do_sample"] = sampling
     if temperature is not None:
         arguments["temperature"] = temperature
     if not as_json:
@@ -83,12 +88,13 @@ def generate(
     )
 
 
-def _decoder(name: str, settings: list[str]) -> Any:
+def _decoder(name: str, settings: list[str], sampling: bool) -> Any:
     """Return a function of model, arguments and tokenizer that gives the sequences and the report."""
     from hf_ext.cli.options import literal, parse_settings, split_settings
 
     if name in STOCK:
         options = {option: literal(text) for option, text in split_settings(settings).items()}
+        name = "sample" if sampling else name
         _check_stock_options(name, options)
         return lambda model, arguments, tokenizer: _stock(name, model, {**arguments, **options})
     try:
@@ -98,12 +104,22 @@ def _decoder(name: str, settings: list[str]) -> Any:
     if plugin.kind != "strategy":
         raise CliError(f"{plugin.name} is of the kind {plugin.kind}; --strategy takes one of the kind strategy")
     cls = plugin.load()
-    strategy = cls(**parse_settings(settings, cls, plugin.name))
+    strategy = cls(**_embedded(parse_settings(settings, cls, plugin.name)))
 
     def decode(model: Any, arguments: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
         return strategy.generate(model, **arguments, tokenizer=tokenizer), strategy.report
 
     return decode
+
+
+def _embedded(options: dict[str, Any]) -> dict[str, Any]:
+    """Replace the name of an embedded model or head, where an option takes a model, by its folder."""
+    from hf_ext import demo
+
+    models = ("draft_model", "head")
+    known = (*EMBEDDED, *demo.HEADS)
+    named = [name for name in models if options.get(name) in known and not Path(options[name]).is_dir()]
+    return {**options, **{name: demo.path(options[name]) for name in named}}
 
 
 def _check_stock_options(name: str, options: dict[str, Any]) -> None:
@@ -113,12 +129,17 @@ def _check_stock_options(name: str, options: dict[str, Any]) -> None:
         return
     from transformers import GenerationConfig
 
-    known = [key for key in vars(GenerationConfig()) if not key.startswith("_")]
+    quiet()
+    known = [key for key in vars(GenerationConfig()) if not key.startswith("_") and key != "return_dict_in_generate"]
     for option in options:
         if option not in known:
             raise CliError(
                 f"{name} has no option {option!r}; {nearest(option, known)}it takes those of GenerationConfig"
             )
+    try:
+        GenerationConfig(**{"do_sample": name == "sample", **options}).validate(strict=True)
+    except ValueError as error:  # generate itself warns, at most, of what it will not look at
+        raise CliError(f"{name}: {error}") from error
 
 
 def _stock(name: str, model: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:

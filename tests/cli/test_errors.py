@@ -17,6 +17,7 @@ from hf_ext.cli.output import LONGEST, CliError, one_line
         (["show"], "error: Missing argument 'name'."),
         (["list", "--colour"], "error: No such option: --colour"),
         (["generate", "--max-new-tokens", "0", "x"], "error: Invalid value for '--max-new-tokens'"),
+        (["generate", "--seed", "-1", "x"], "error: Invalid value for '--seed'"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(cli: Any, arguments: list[str], message: str) -> None:
@@ -26,8 +27,9 @@ def test_a_wrong_call_is_one_line_and_status_2(cli: Any, arguments: list[str], m
     assert run.err.count("\n") == 1
 
 
-def test_no_arguments_print_the_help(cli: Any) -> None:
-    run = cli()
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_no_arguments_and_either_spelling_of_help_print_the_help(cli: Any, arguments: list[str]) -> None:
+    run = cli(*arguments)
     assert run.status == 0
     assert "Commands" in run.out
 

@@ -76,6 +76,7 @@ def test_sampling_follows_the_seed(cli: Any, model_folder: Path) -> None:
     first = tokens("--strategy", "sample", "--seed", 3)
     assert first == tokens("--strategy", "sample", "--seed", 3) == tokens("--sample", "--seed", 3)
     assert first != tokens("--strategy", "sample", "--seed", 4)
+    assert cli("generate", "--model", model_folder, "--max-new-tokens", 2, "--sample", PROMPT).err.startswith("sample:")
     assert tokens("--temperature", 1e-4, "--seed", 3) == tokens()
 
 
@@ -102,6 +103,12 @@ def test_the_text_fills_the_context_and_no_more(cli: Any, model_folder: Path) ->
     assert json.loads(run.out)["report"]["tokens"] == 9
 
 
+def test_embedded_drafts_and_heads_go_by_their_names(cli: Any) -> None:
+    for strategy, setting in (("speculative-decoding", "draft_model=draft"), ("kangaroo", "head=kangaroo")):
+        run = cli("generate", "--strategy", strategy, "--set", setting, "--max-new-tokens", 2, PROMPT)
+        assert run.status == 0, run.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -114,6 +121,14 @@ def test_the_text_fills_the_context_and_no_more(cli: Any, model_folder: Path) ->
         ),
         (["--strategy", "contrastive-search", "--set", "top_k=0", "x"], "top_k must be"),
         ([""], "the prompt is empty; there is nothing to continue"),
+        (["\udcff"], "the prompt is not valid text"),
+        (["--model", "", "x"], "--model is empty"),
+        (["--set", "top_k=3", "x"], "greedy: GenerationConfig is invalid: - `top_k`"),
+        (["--set", "return_dict_in_generate=true", "x"], "greedy has no option 'return_dict_in_generate'"),
+        (
+            ["--strategy", "speculative-decoding", "--set", "draft_model=./none", "x"],
+            "cannot load the draft model './none'",
+        ),
         (["--temperature", "0", "x"], "--temperature 0.0: expected a number above 0"),
         (["--dtype", "int8", "x"], "--dtype int8: expected one of auto, float32, bfloat16, float16"),
         (["--device", "warp", "x"], "--device warp: "),
@@ -183,7 +198,7 @@ def remove_tokenizer(folder: Path) -> None:
         (damage_config, "cannot load the model"),
         (remove_config, "is no model folder: it holds no config.json"),
         (unknown_architecture, "cannot load the model"),
-        (remove_tokenizer, "cannot load the tokenizer of"),
+        (remove_tokenizer, "holds no tokenizer: save one there"),
     ],
 )
 def test_a_model_that_cannot_be_read_is_named_in_one_line(
