@@ -7,12 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hf_ext import plugins
 from hf_ext.cli.output import CliError, one_line, print_json, print_report, print_table, quiet
+
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 def train(
@@ -36,7 +38,8 @@ def train(
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row; 512, or the model's context.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch, in each process.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of an optimizer step.")] = 1,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak of a cosine; 5e-5, with --lora 2e-4.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak; 5e-5, with --lora 2e-4.")] = None,
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate; all but constant begin with a warm-up.")] = "cosine",
     lora: Annotated[bool, typer.Option("--lora", help="Train adapters on all linear layers, nothing else.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
@@ -108,6 +111,7 @@ def train(
         batch=batch,
         accumulate=accumulate,
         learning_rate=learning_rate or (2e-4 if lora else 5e-5),
+        schedule=schedule,
         lora=lora_rank if lora else None,
         bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,

@@ -38,6 +38,7 @@ class Settings:
     batch: int
     accumulate: int
     learning_rate: float
+    schedule: str
     lora: int | None
     bf16: bool
     gradient_checkpointing: bool
@@ -227,6 +228,8 @@ def train(
     if first is not None:
         attach(trainer, first)
     started, done = time.perf_counter(), _step_of(checkpoint)
+    if done >= steps_in_all(settings, rows):  # the Trainer would take one more
+        raise CliError(f"--resume: the run in {out} has taken all its {done} steps; --steps or --epochs ask for more")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
@@ -270,8 +273,7 @@ def arguments(settings: Settings, rows: Any, out: Path, cpu: bool) -> Any:
     """Return the training arguments of a run."""
     from transformers import TrainingArguments
 
-    each = max(1, math.ceil(len(rows.train) / (settings.batch * settings.accumulate * settings.processes)))
-    total = settings.steps or max(1, math.ceil((settings.epochs or 1.0) * each))
+    total = steps_in_all(settings, rows)
     every = settings.save or max(1, total // CHECKPOINTS)
     length = {"max_steps": settings.steps} if settings.steps else {"num_train_epochs": settings.epochs or 1.0}
     return TrainingArguments(
@@ -282,7 +284,7 @@ def arguments(settings: Settings, rows: Any, out: Path, cpu: bool) -> Any:
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         warmup_steps=min(20, total // 10),
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=settings.schedule,
         bf16=settings.bf16,
         gradient_checkpointing=settings.gradient_checkpointing,
         seed=settings.seed,
@@ -300,6 +302,12 @@ def arguments(settings: Settings, rows: Any, out: Path, cpu: bool) -> Any:
         use_cpu=cpu,
         dataloader_pin_memory=False,
     )
+
+
+def steps_in_all(settings: Settings, rows: Any) -> int:
+    """Return how many optimizer steps a run takes."""
+    each = max(1, math.ceil(len(rows.train) / (settings.batch * settings.accumulate * settings.processes)))
+    return settings.steps or max(1, math.ceil((settings.epochs or 1.0) * each))
 
 
 def _last_evaluation(trainer: Any) -> int:

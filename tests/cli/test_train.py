@@ -107,6 +107,7 @@ def test_a_resumed_run_ends_where_one_without_a_break_ends(
     other = cli(*options(broken), "--resume", "--batch", 2)
     assert other.err == f"error: --resume: the run in {broken} has batch 4, this one 2\n"
     assert "exists and is not empty" in cli(*options(broken)).err
+    assert "has taken all its 4 steps; --steps or --epochs ask for more" in cli(*options(broken), "--resume").err
     text.write_text(text.read_text(encoding="utf-8").replace("dog", "cow"), encoding="utf-8")
     assert "the data have changed since the run in" in cli(*options(broken), "--resume").err
 
@@ -223,6 +224,7 @@ def test_new_special_tokens_get_a_role_and_room(model_folder: Path) -> None:
         (["--length", "4096"], "--length 4096 exceeds the context of"),
         (["--objective", "focal", "--objective", "twice", "--steps", "1"], "both replace the loss"),
         (["--objective", "meap", "--steps", "1", "--no-curves"], "MEAP needs a mask token"),
+        (["--objective", "hyperfitting", "--steps", "1"], "lr_scheduler_type is SchedulerType.COSINE"),
         (["--objective", "fim", "--steps", "1", "--no-curves"], "(on this command line: --add-token TEXT)"),
         (["--objective", "emo", "--objective", "ua-clm", "--steps", "1"], "both replace the loss"),
     ],
