@@ -378,6 +378,37 @@ def row_addressing_problem(cache: Any) -> str | None:
     return None
 
 
+def position_table(model: torch.nn.Module) -> int | None:
+    """Return the length of a decoder's table of positions, or None where it computes them and knows no last one.
+
+    Stands on the buffers `inv_freq` of rotary embeddings and on the sinusoidal tables that grow by `make_weights`.
+    """
+    computed = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    if computed or any(hasattr(module, "make_weights") for module in model.modules()):
+        return None
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def rotation_switch(model: torch.nn.Module) -> tuple[str, int] | None:
+    """Return kind and place of what changes a model's rotations with the length of the text, or None if nothing does.
+
+    The rotations of a whole forward pass are others once a position in it reaches that place: other ones for good
+    (`"longrope"`), or other ones for every length (`"dynamic"`). Stands on `rope_type`, `original_max_seq_len` and
+    `config.rope_parameters` of the modules that compute rotations (`modeling_rope_utils`).
+    """
+    found = []
+    for module in model.modules():
+        of_kind = getattr(module, "rope_type", None)
+        for layer, name in of_kind.items() if isinstance(of_kind, dict) else [(None, of_kind)]:
+            if isinstance(name, str) and "dynamic" in name:
+                found.append(("dynamic", int(module.original_max_seq_len)))  # type: ignore[arg-type]
+            elif name == "longrope":
+                parameters: Any = module.config.rope_parameters  # type: ignore[union-attr]
+                parameters = parameters if layer is None else parameters[layer]
+                found.append(("longrope", int(parameters["original_max_position_embeddings"])))
+    return min(found, key=lambda switch: (switch[1], switch[0]), default=None)
+
+
 def layer_window(layer: Any) -> int | None:
     """Return the sliding window of a cache layer, or None if it keeps all tokens."""
     from transformers import cache_utils
@@ -493,6 +524,32 @@ def attention_mappings() -> tuple[dict[str, Any], dict[str, Any]]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     return AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+
+
+@functools.cache
+def attends_by_code_of_its_own(config: type) -> bool:
+    """Tell whether the models of a class of configurations run attention of their own, whatever its name is.
+
+    `from_pretrained` takes any registered name for them, and only the masks become those of that name. Stands on
+    `config_class` and on `_can_set_attn_implementation`, which says no of code that it cannot read, too.
+    """
+    import inspect
+    import sys
+
+    from transformers import PreTrainedModel
+
+    def known(model: type[PreTrainedModel]) -> bool:
+        try:
+            inspect.getsource(sys.modules[model.__module__])
+        except (KeyError, OSError, TypeError):
+            return False
+        return not model._can_set_attn_implementation()
+
+    models = list(PreTrainedModel.__subclasses__())
+    for model in models:  # grows on the way
+        models += model.__subclasses__()
+    own = [model for model in models if model.config_class is config]
+    return bool(own) and all(map(known, own))
 
 
 def sdpa_function() -> Callable[..., tuple[torch.Tensor, None]]:

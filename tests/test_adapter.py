@@ -632,6 +632,23 @@ def test_attention_mappings() -> None:
         assert "canary_mapping" not in AttentionInterface()
 
 
+def test_attends_by_code_of_its_own() -> None:
+    import transformers.models.bloom.modeling_bloom
+    import transformers.models.llama.modeling_llama
+
+    with stands_on("config_class and _can_set_attn_implementation"):
+        assert adapter.attends_by_code_of_its_own(transformers.BloomConfig)
+        assert not adapter.attends_by_code_of_its_own(transformers.LlamaConfig)
+        # Of what is not known, nothing is said: no model, or one whose source cannot be read.
+        unknown = type("Unknown", (transformers.LlamaConfig,), {})
+        assert not adapter.attends_by_code_of_its_own(unknown)
+        pieces = {"config_class": unknown, "__module__": "written_nowhere"}
+        model = type("FromANotebook", (transformers.PreTrainedModel,), pieces)
+        adapter.attends_by_code_of_its_own.cache_clear()
+        assert model.config_class is unknown
+        assert not adapter.attends_by_code_of_its_own(unknown)
+
+
 def test_sdpa_function() -> None:
     from transformers import AttentionInterface
 
@@ -824,3 +841,24 @@ def test_prepared_inputs(tmp_path: Path) -> None:
         found = adapter.prepared_inputs(trainer, given)
         assert torch.equal(found["input_ids"], IDS)
         assert found is not given
+
+
+def test_position_table() -> None:
+    with stands_on("inv_freq buffers, and make_weights of tables that grow"):
+        found = {kind: adapter.position_table(tiny_models.shared(kind)) for kind in tiny_models.DECODERS}
+        assert found == {"gpt2": 128, "opt": 128, "llama": None, "qwen3": None, "mistral": None, "gemma3": None}
+        from transformers import XGLMConfig, XGLMForCausalLM
+
+        shape = {"d_model": 16, "ffn_dim": 16, "num_layers": 1, "attention_heads": 2, "vocab_size": 16}
+        assert adapter.position_table(XGLMForCausalLM(XGLMConfig(**shape, max_position_embeddings=9))) is None
+
+
+def test_rotation_switch() -> None:
+    with stands_on("rope_type and lengths of the modules that compute rotations"):
+        assert all(adapter.rotation_switch(tiny_models.shared(kind)) is None for kind in tiny_models.DECODERS)
+        dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        model = tiny_models.build("llama", max_position_embeddings=20, rope_parameters=dynamic)
+        assert adapter.rotation_switch(model) == ("dynamic", 20)
+        factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+        long = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
+        assert adapter.rotation_switch(tiny_models.build("llama", rope_parameters=long)) == ("longrope", 16)

@@ -37,6 +37,11 @@ CACHE_LAYER = "_hf_ext_cache_layer"
 _forward: Callable[..., tuple[torch.Tensor, None]] | None = None
 
 
+@torch.compiler.assume_constant_result
+def _runs_own_attention(config: type) -> bool:
+    return adapter.attends_by_code_of_its_own(config)
+
+
 def prepare() -> None:
     """Look up what `"sdpa"` runs, as soon as transformers has it."""
     global _forward
@@ -58,11 +63,20 @@ def mask(
 
     Returns:
         None where `is_causal` says it all; else a packed structure or `(batch, 1, queries, keys)` bool.
+
+    Raises:
+        ValueError: the masks of a model that does not look its attention up by name.
     """
     sizes = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset,
     }  # fmt: skip
+    config = given.get("config")
+    if config is not None and _runs_own_attention(type(config)):
+        raise ValueError(
+            f"models of {type(config).__name__} run attention of their own, which attn_implementation='hf_ext' would "
+            "only give masks it cannot read; load the model with 'eager'"
+        )
     device = given.get("device", "cpu")
     if q_length == 1 or not runs_kernels(device):  # what one query sees is no larger than what a structure takes
         return adapter.sdpa_mask(**sizes, **given)

@@ -183,6 +183,17 @@ def test_a_packed_structure_given_as_mask_is_the_dense_mask(kind: str, shared: B
             assert largest(gradients(model, "hf_ext", **inputs, attention_mask=one_for_each), wanted) < CLOSE
 
 
+def test_a_model_that_runs_attention_of_its_own_is_refused(tmp_path: Path) -> None:
+    """transformers loads it with any name, and would attend with masks of another form: without causality."""
+    import transformers as tf
+
+    config = tf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4)
+    tf.BloomForCausalLM(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hf_ext")
+    with pytest.raises(ValueError, match="models of BloomConfig run attention of their own"):
+        model(IDS)
+
+
 def test_a_structure_of_another_size_is_refused(shared: Build) -> None:
     packed = pack(AttentionStructure.causal(torch.ones(1, 7)))
     with pytest.raises(ValueError, match="14 queries and keys together"):
