@@ -39,7 +39,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch, in each process.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of an optimizer step.")] = 1,
     learning_rate: Annotated[float | None, typer.Option(help="At its peak; 5e-5, with --lora 2e-4.")] = None,
-    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate; all but constant begin with a warm-up.")] = "cosine",
+    schedule: Annotated[Schedule, typer.Option(help="Of the learning rate; all but constant warm up.")] = "cosine",
     lora: Annotated[bool, typer.Option("--lora", help="Train adapters on all linear layers, nothing else.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
