@@ -378,7 +378,7 @@ def row_addressing_problem(cache: Any) -> str | None:
     return None
 
 
-def position_table(model: torch.nn.Module) -> int | None:
+def position_table(model: PreTrainedModel) -> int | None:
     """Return the length of a decoder's table of positions, or None where it computes them and knows no last one.
 
     Stands on the buffers `inv_freq` of rotary embeddings and on the sinusoidal tables that grow by `make_weights`.
@@ -389,7 +389,7 @@ def position_table(model: torch.nn.Module) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def rotation_switch(model: torch.nn.Module) -> tuple[str, int] | None:
+def rotation_switch(model: PreTrainedModel) -> tuple[str, int] | None:
     """Return kind and place of what changes a model's rotations with the length of the text, or None if nothing does.
 
     The rotations of a whole forward pass are others once a position in it reaches that place: other ones for good

@@ -33,7 +33,7 @@ from hf_ext.generation.speculative.acceptance import deterministic
 from hf_ext.generation.speculative.context import DraftContext, Outcome
 from hf_ext.generation.speculative.drafter import Drafter, Verified
 from hf_ext.generation.speculative.ledger import Ledger
-from hf_ext.generation.speculative.probe import tree_problem
+from hf_ext.generation.speculative.probe import length_problem, tree_problem
 from hf_ext.generation.speculative.row_cache import write_back
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative.tree_state import TreeState
@@ -74,7 +74,7 @@ class Speculative(DecodingStrategy):
                 f"{name} drafts with the sharded model itself, and processes would call it in different numbers; use "
                 "a method with a draft model of its own, or one process"
             )
-        problem = tree_problem(run.model)
+        problem = tree_problem(run.model) or length_problem(run)
         if problem is not None:
             raise ValueError(f"{name} evaluates draft trees: {problem}")
         _Loop(self, run).run()
@@ -195,6 +195,7 @@ class _Loop:
             count, done = context.cut(lane, outcome.tokens, scores)
             tokens = torch.tensor(outcome.tokens[:count], device=context.device)
             context.texts[lane] += outcome.tokens[:count]
+            self._check_places(lane)
             self.rows.accept(
                 context.lanes[lane], tokens, done,
                 None if scores is None else scores[:count], None if logits is None else logits[:count],
@@ -202,6 +203,16 @@ class _Loop:
             if not done:
                 continues.append(lane)
         return continues
+
+    def _check_places(self, lane: int) -> None:
+        """Raise ValueError if the model has read more tokens of a lane than it has positions for."""
+        target, row = self.context.target, self.context.lanes[lane]
+        read = len(self.context.texts[lane]) - 1 + self._unseen[row]
+        if target.context is not None and read > target.context:
+            raise ValueError(
+                f"row {row} has got longer than the {target.context} positions of {type(target.model).__name__}; "
+                "ask for fewer new tokens or shorten the prompt"
+            )
 
     def _drop(self, continues: list[int]) -> None:
         """Take finished rows out of the batch, so that they cost nothing more."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation import MaxLengthCriteria
 
 from hf_ext import adapter
+from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.speculative.tree_state import TreeState
 
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = weakref.WeakKeyDictionary()
@@ -45,6 +47,34 @@ def tree_problem(model: PreTrainedModel) -> str | None:
     if implementation not in answers:
         answers[implementation] = _ask(model)
     return answers[implementation]
+
+
+def length_problem(run: DecodingRun) -> str | None:
+    """Say why the text of a call would depend on what is drafted, or None where it does not.
+
+    Some rotary embeddings turn all tokens of a forward pass by the longest text in it. Where a text gets
+    beyond the place from which on they do, what is drafted behind it decides how it is turned.
+
+    Args:
+        run: the decoding call, before its prompt has been read.
+    """
+    switch = adapter.rotation_switch(run.model)
+    if switch is None:
+        return None
+    kind, place = switch
+    prompts = run.attention_mask.sum(1)
+    shortest, longest = int(prompts.min()), int(prompts.max())
+    room = [int(c.max_length) - run.prompt_length for c in run.stopping_criteria if isinstance(c, MaxLengthCriteria)]
+    if longest + min(room, default=place) - 1 <= place or (kind == "longrope" and shortest > place):
+        return None
+    allowed = place - longest + 1
+    advice = f"with a prompt of {longest} ask for at most {allowed} new ones" if allowed > 0 else "shorten the prompt"
+    if allowed <= 0 and kind == "longrope":
+        advice = f"decode prompts of up to {place} and of more tokens apart"
+    return (
+        f"the rotary embeddings of {type(run.model).__name__} ({kind}) turn a text of more than {place} tokens in "
+        f"another way, so that it would depend on what is drafted; {advice}, or decode with plain generate"
+    )
 
 
 def _own_window(config: Any) -> int:
@@ -87,7 +117,11 @@ def _ask(model: PreTrainedModel) -> str | None:
                 worst = max(worst, (plain - found[lane, at]).abs().max().item())
                 spread = max(spread, plain.float().std().item())
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        return f"{type(model).__name__} does not take them ({type(error).__name__}: {str(error).splitlines()[0]})"
+        said = str(error).splitlines()[0] if str(error) else "no message"
+        return (
+            f"{type(model).__name__} does not take positions and a mask of its own for every token "
+            f"({type(error).__name__}: {said})"
+        )
     size = next(model.parameters()).element_size()
     if not worst <= TOLERANCE.get(size, 0.2) * max(spread, 1e-12):
         return (

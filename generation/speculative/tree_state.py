@@ -37,9 +37,10 @@ class TreeState:
         lengths: tokens of each lane that the cache holds.
         offset: `(..., lanes, 1)` int64, position of a lane's token 0 (0 as a rule).
         others: forward arguments of every lane that are neither ids, mask, positions nor cache.
-        context: number of positions the model has, None for any number.
 
     Attributes:
+        context: positions that there are; what lies further must be drafts that cannot become text. None if there
+            is no end: the model computes positions rather than looking them up in a table.
         calls: forward passes.
         positions: token positions they evaluated, over all lanes.
         tree: for every lane the parents of the nodes evaluated since the last `settle`.
@@ -58,7 +59,7 @@ class TreeState:
         self.call: Callable[..., ModelOutput] = model
         self.offset, self.others = offset, others or {}
         text = model.config.get_text_config(decoder=True)
-        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self.context = adapter.position_table(model)
         self.tree: list[tuple[int, ...]] = [()] * len(lengths)
         self.calls = self.positions = 0
         self._kinds = _kinds(text, cache)
@@ -124,7 +125,11 @@ class TreeState:
         room = [int(c.max_length) for c in run.stopping_criteria if isinstance(c, MaxLengthCriteria)]
         limit = max(lengths) + min(room) - run.prompt_length + SCRATCH if room else None
         cache = RowCache(run.cache, _windows(run.model, run.cache), batch, kept, limit)
-        return cls(run.model, cache, lengths, offset, _of_batch(kwargs, batch)), outputs
+        state = cls(run.model, cache, lengths, offset, _of_batch(kwargs, batch))
+        switch = adapter.rotation_switch(run.model)
+        if switch is not None and max(lengths) <= switch[1]:
+            state.context = switch[1]  # the text ends before, and a draft beyond it would turn the text another way
+        return state, outputs
 
     @staticmethod
     def takes_ahead(run: DecodingRun, columns: int) -> bool:
@@ -203,7 +208,8 @@ class TreeState:
             inputs = adapter.next_inputs(self.model, tokens, inputs, new_tokens=count)
         else:
             inputs["input_ids"] = tokens
-        outputs = self.call(**inputs, **forward, return_dict=True)
+        # A model's own preparation may name arguments of the forward pass as well.
+        outputs = self.call(**{**inputs, **forward, "return_dict": True})
         self.calls += counted
         self.positions += counted * tokens.numel()
         return outputs
@@ -307,9 +313,9 @@ def _kinds(config: Any, cache: RowCache) -> dict[str, int | None] | None:
     """Return the window of each kind of layer for a model that takes a mask for each, None for one mask."""
     if len(cache.groups) == 1:
         return None
-    kinds = {}
+    kinds: dict[str, int | None] = {}
     for name, layer in zip(config.layer_types, cache.layers, strict=False):
-        kinds[name] = layer.columns.window
+        kinds.setdefault(name, layer.columns.window)  # later ones may use the keys of an earlier one, and keep none
     return kinds
 
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, StaticCache
 
 from hf_ext.generation import SpeculativeDecoding
@@ -252,6 +253,80 @@ def test_where_a_rejected_draft_could_not_be_forgotten_the_prompt_is_read_alone(
     ids, mask = tiny_models.prompts((12, 9))
     _, calls = called_with(model, SpeculativeDecoding(exactness.perturbed(model), 3), ids, mask, **settings)
     assert calls[: len(reading)] == [(2, columns) for columns in reading], calls
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_computed_positions_go_on_beyond_the_configured_ones(kind):
+    """`generate` only warns there: a rotary embedding has no last position."""
+    model = tiny_models.build(kind, max_position_embeddings=16)
+    ids, mask = tiny_models.prompts(LENGTHS)
+    strategy = SpeculativeDecoding(exactness.perturbed(model), 4)
+    same_tokens(strategy.generate(
+        model, ids, attention_mask=mask, do_sample=False, max_new_tokens=24, pad_token_id=PAD
+    ), plain(model, ids, mask, 24), kind)  # fmt: skip
+    assert strategy.report.details["mean_accepted"] > 0.5
+
+
+def test_a_table_of_positions_holds_a_text_to_its_end_and_no_longer():
+    model = tiny_models.build("gpt2", n_positions=16)
+    ids, mask = tiny_models.prompts(LENGTHS)
+    settings = {"attention_mask": mask, "do_sample": False, "pad_token_id": PAD}
+    strategy = SpeculativeDecoding(exactness.perturbed(model), 4)
+    fits = strategy.generate(model, ids, max_new_tokens=5, **settings)  # the last token is not read
+    same_tokens(fits, plain(model, ids, mask, 5), "a text that fills the table")
+    refusal(lambda: strategy.generate(model, ids, max_new_tokens=12, **settings), "16 positions", what="a longer text")
+    small = SpeculativeDecoding(tiny_models.build("gpt2", n_positions=8), 4)
+    target = tiny_models.shared("gpt2")
+    ours = small.generate(target, ids, max_new_tokens=12, **settings)
+    same_tokens(ours, plain(target, ids, mask, 12), "a draft model with a smaller table")
+
+
+@pytest.mark.parametrize(("kind", "place"), [("dynamic", 16), ("longrope", 16)])
+def test_texts_that_would_depend_on_what_is_drafted_are_refused(kind, place):
+    """Past a place some rotary embeddings turn all tokens of a call by the longest text in it."""
+    parameters = {"rope_type": kind, "rope_theta": 1e4}
+    if kind == "dynamic":
+        model = tiny_models.build("llama", max_position_embeddings=place, rope_parameters={**parameters, "factor": 2.0})
+    else:
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": place}
+        model = tiny_models.build("llama", rope_parameters=parameters)
+    strategy = SpeculativeDecoding(exactness.perturbed(model), 4)
+    settings = {"do_sample": False, "pad_token_id": PAD}
+    ids, mask = tiny_models.prompts(LENGTHS)
+    before = strategy.generate(model, ids, attention_mask=mask, max_new_tokens=5, **settings)
+    same_tokens(before, plain(model, ids, mask, 5), f"{kind}, up to the place")
+    refusal(
+        lambda: strategy.generate(model, ids, attention_mask=mask, max_new_tokens=6, **settings), "at most 5",
+        what=f"{kind}, across the place",
+    )  # fmt: skip
+    if kind == "longrope":  # the same rotations for everything beyond
+        ids, mask = tiny_models.prompts((20, 17))
+        after = strategy.generate(model, ids, attention_mask=mask, max_new_tokens=12, **settings)
+        same_tokens(after, plain(model, ids, mask, 12), f"{kind}, beyond the place")
+
+
+@pytest.mark.parametrize("name", ["Phi3", "Gemma3n"])
+def test_models_that_prepare_inputs_their_own_way_or_share_keys_take_trees(name):
+    shape = {
+        "vocab_size": tiny_models.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": PAD, "eos_token_id": None,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    if name == "Gemma3n":  # its last two layers read keys of the first two
+        shape |= {
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 8, "sliding_window": tiny_models.WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "laurel_rank": 4, "intermediate_size": [48] * 4,
+            "vocab_size_per_layer_input": tiny_models.VOCABULARY, "hidden_size_per_layer_input": 8,
+            "activation_sparsity_pattern": None,
+        }  # fmt: skip
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3n" else f"{name}Config")(**shape)
+    model = tiny_models.fill(getattr(transformers, f"{name}ForCausalLM")(config))
+    ids, mask = tiny_models.prompts(LENGTHS)
+    expected = plain(model, ids, mask, 20)
+    strategy = Random(answers=texts(expected, mask))
+    ours = strategy.generate(model, ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=PAD)
+    same_tokens(ours, expected, name)
+    assert strategy.report.accepted > 10
 
 
 def test_models_that_cannot_follow_trees_are_refused():
