@@ -6,6 +6,7 @@ would be (`tests/linked_tree.py`), for this process and, through `PYTHONPATH`, f
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -41,6 +42,17 @@ def mount() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [tree, os.environ.get("PYTHONPATH", "")]))
     importlib.invalidate_caches()
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's sight: walking through it costs a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Give it back before the interpreter ends: nanobind reports as leaked what is never freed."""
+    gc.unfreeze()
 
 
 if not usable():

@@ -16,7 +16,8 @@ class StrategyConformance(RowChecks, OutputChecks, RefusalChecks):
     Everything runs on tiny models built in memory (`hf_ext.testing.tiny_models`), on the CPU.
 
     Attributes:
-        models: kinds of decoder-only models that the checks which depend on the model run on.
+        models: kinds of decoder-only models that the checks which depend on the model run on; those which hardly
+            do run on the two that differ most.
         encoder_decoders: likewise for encoder-decoders; a strategy with `encoder_decoder = False`
             has to refuse them.
         new_tokens: tokens a run.

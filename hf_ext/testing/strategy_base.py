@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -13,6 +14,12 @@ from hf_ext.testing.tiny_models import PAD
 
 #: What every check that does not depend on the architecture runs on.
 PLAIN = "llama"
+
+#: Kinds that differ most, the first ones first: learned positions, windows between full layers, windows alone.
+EXAMPLES = ("gpt2", "gemma3", "mistral")
+
+#: The sequences of `StrategyChecks.usual`, by suite and kind of model.
+_USUAL: weakref.WeakKeyDictionary[type, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
 
 
 class StrategyChecks:
@@ -30,16 +37,24 @@ class StrategyChecks:
         """Settings of `generate` that leave the strategy no chance: the likeliest token each time."""
         return {"do_sample": True, "top_k": 1} if self.strategy().samples else {}
 
+    @classmethod
+    def arguments(cls) -> dict[str, tuple[str, ...]]:
+        """Return what a check runs on by the argument it takes: `kind` for every decoder-only model, `example` for
+        two that differ most, `pair` for every encoder-decoder.
+        """
+        by_difference = sorted(cls.models, key=lambda kind: (*EXAMPLES, kind).index(kind))
+        return {"kind": cls.models, "example": tuple(by_difference[:2]), "pair": cls.encoder_decoders}
+
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Run a check that takes `kind` on every model, one that takes `pair` on every encoder-decoder."""
-        for name, kinds in (("kind", self.models), ("pair", self.encoder_decoders)):
+        """Run a check on all that its argument stands for."""
+        for name, kinds in self.arguments().items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, kinds)
 
     def cases(self, check: str) -> Iterator[dict[str, str]]:
         """Yield the arguments of the check of this name, as pytest would give them."""
         code = getattr(type(self), check).__code__
-        arguments = {"kind": self.models, "pair": self.encoder_decoders}
+        arguments = self.arguments()
         name = next((name for name in arguments if name in code.co_varnames[: code.co_argcount]), None)
         yield from ({name: kind} for kind in arguments[name]) if name else ({},)
 
@@ -59,9 +74,17 @@ class StrategyChecks:
         settings = {**self.exact(), "max_new_tokens": self.new_tokens, "pad_token_id": PAD, **settings}
         return (strategy or self.strategy()).generate(model, ids, attention_mask=mask, **settings)
 
-    def free_run(self, kind: str | Any = PLAIN, **settings: Any) -> torch.Tensor:
+    def usual(self, kind: str = PLAIN) -> torch.Tensor:
+        """Return the sequences of `run(kind)`; it runs once a suite, most checks compare with it."""
+        runs = _USUAL.setdefault(type(self), {})
+        if kind not in runs:
+            runs[kind] = self.run(kind)
+        return runs[kind].clone()
+
+    def free_run(self, kind: str = PLAIN, **settings: Any) -> torch.Tensor:
         """Return only the new tokens of `run`, `(3, new_tokens)`."""
-        return self.run(kind, **settings)[:, tiny_models.prompts()[0].shape[1] :]
+        sequences = self.run(kind, **settings) if settings else self.usual(kind)
+        return sequences[:, tiny_models.prompts()[0].shape[1] :]
 
 
 def same_tokens(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:

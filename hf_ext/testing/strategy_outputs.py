@@ -74,7 +74,7 @@ class OutputChecks(StrategyChecks):
 
     def test_a_result_object_holds_the_same_sequences(self) -> None:
         out = self.run(return_dict_in_generate=True)
-        same_tokens(out.sequences, self.run(), "sequences under return_dict_in_generate")
+        same_tokens(out.sequences, self.usual(), "sequences under return_dict_in_generate")
         extra = [name for name in ("scores", "logits", "attentions", "hidden_states") if out.get(name) is not None]
         assert not extra, f"the result holds {extra}, which nobody asked for"
 
@@ -92,7 +92,7 @@ class OutputChecks(StrategyChecks):
         what = f"{kind}, an empty past_key_values"
         sequences = result_or_refusal(lambda: self.run(kind, past_key_values=cache), "past_key_values", what=what)
         if sequences is not None:
-            same_tokens(sequences, self.run(kind), what)
+            same_tokens(sequences, self.usual(kind), what)
             self._check_next_turn(kind, sequences, cache)
 
     def _check_next_turn(self, kind: str, sequences: torch.Tensor, cache: Any) -> None:
@@ -123,7 +123,7 @@ class OutputChecks(StrategyChecks):
             lambda: self.run(cache_implementation="static"), "cache", what="cache_implementation='static'"
         )
         if sequences is not None:
-            same_tokens(sequences, self.run(), "a run on a static cache")
+            same_tokens(sequences, self.usual(), "a run on a static cache")
 
     # Chance
 
@@ -196,12 +196,12 @@ class OutputChecks(StrategyChecks):
 
     # The report
 
-    def test_the_report_counts_what_happened(self, kind: str) -> None:
+    def test_the_report_counts_what_happened(self, example: str) -> None:
         strategy = self.strategy()
-        eos = [int(self.free_run(kind)[0, 3])]
+        eos = [int(self.free_run(example)[0, 3])]
         for settings in ({}, {"eos_token_id": eos}):
             out, calls = tiny_models.calls_of(
-                tiny_models.shared(kind), lambda settings=settings: self.run(kind, strategy=strategy, **settings)
+                tiny_models.shared(example), lambda settings=settings: self.run(example, strategy=strategy, **settings)
             )
             self._check_calls(strategy, calls)
             report = strategy.report

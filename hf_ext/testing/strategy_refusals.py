@@ -81,7 +81,7 @@ class RefusalChecks(StrategyChecks):
         sequences = result_or_refusal(lambda: self.run(use_cache=False), "cache", what="use_cache=False")
         assert (sequences is None) >= self.strategy().needs_cache, "it says needs_cache, but runs without one"
         if sequences is not None:
-            same_tokens(sequences, self.run(), "a run without a cache")
+            same_tokens(sequences, self.usual(), "a run without a cache")
 
     def test_models_with_another_state_work_or_are_refused(self) -> None:
         ids = tiny_models.prompts((9, 9))[0]
@@ -118,28 +118,28 @@ class RefusalChecks(StrategyChecks):
                 assert not changed, f"the run ({training=}, {error=}) changed {changed}"
                 same_tokens(self.run(model, strategy=strategy), untouched, "a run with the same strategy afterwards")
 
-    def test_bfloat16_runs(self, kind: str) -> None:
-        model = tiny_models.build(kind).to(torch.bfloat16)
+    def test_bfloat16_runs(self, example: str) -> None:
+        model = tiny_models.build(example).to(torch.bfloat16)
         out = self.run(model, return_dict_in_generate=True, output_scores=True)
         new = out.sequences.shape[1] - tiny_models.prompts()[0].shape[1]
         assert new == self.new_tokens, f"{new} new tokens in bfloat16, expected {self.new_tokens}"
         assert out.scores[0].dtype == torch.float32, f"scores are {out.scores[0].dtype}, expected float32"
         assert not torch.stack(out.scores).isnan().any(), "scores hold NaN"
 
-    def test_steps_for_other_processes_add_nothing(self, kind: str) -> None:
+    def test_steps_for_other_processes_add_nothing(self, example: str) -> None:
         # Under FSDP or ZeRO-3 a process that is done must call forward until all are.
-        eos = [int(self.free_run(kind)[0, 3])]
-        model, steps, streamer = tiny_models.shared(kind), iter(range(3)), Recorder()
-        expected, usual = tiny_models.calls_of(model, lambda: self.run(kind, eos_token_id=eos))
+        eos = [int(self.free_run(example)[0, 3])]
+        model, steps, streamer = tiny_models.shared(example), iter(range(3)), Recorder()
+        expected, usual = tiny_models.calls_of(model, lambda: self.run(example, eos_token_id=eos))
 
         def wait(_: Any, finished: bool, *__: Any, **___: Any) -> bool:
             return not finished or next(steps, None) is not None
 
         settings = {"eos_token_id": eos, "streamer": streamer, "return_dict_in_generate": True}
         with mock.patch.object(adapter, "any_row_unfinished", wait):
-            out, calls = tiny_models.calls_of(model, lambda: self.run(kind, **settings))
-        same_tokens(out.sequences, expected, f"{kind}, a run that waits three steps for others")
-        same_tokens(streamer.sequences(), expected, f"{kind}, what was streamed by a run that waits for others")
+            out, calls = tiny_models.calls_of(model, lambda: self.run(example, **settings))
+        same_tokens(out.sequences, expected, f"{example}, a run that waits three steps for others")
+        same_tokens(streamer.sequences(), expected, f"{example}, what was streamed by a run that waits for others")
         assert len(calls) > len(usual), f"{len(calls)} forward passes while others wait, {len(usual)} without"
 
     def test_the_code_does_not_bind_itself_to_a_device(self) -> None:

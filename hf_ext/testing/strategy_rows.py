@@ -38,17 +38,17 @@ class RowChecks(StrategyChecks):
         more = self.run(kind, ids=ids, mask=mask)[:, ids.shape[1] :]
         same_tokens(more, self.free_run(kind), f"{kind}, five more columns of padding")
 
-    def test_generate_with_custom_generate_does_the_same(self, kind: str) -> None:
+    def test_generate_with_custom_generate_does_the_same(self, example: str) -> None:
         ids, mask = tiny_models.prompts()
         settings: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": self.new_tokens, "pad_token_id": PAD}
         if self.strategy().samples:
             settings["do_sample"] = True
-        model = tiny_models.shared(kind)
+        model = tiny_models.shared(example)
         torch.manual_seed(3)
         through_generate = model.generate(ids, custom_generate=self.strategy(), **settings)
         torch.manual_seed(3)
         direct = self.strategy().generate(model, ids, **settings)
-        same_tokens(through_generate, direct, f"{kind}, custom_generate= against Strategy.generate")
+        same_tokens(through_generate, direct, f"{example}, custom_generate= against Strategy.generate")
 
     def test_a_generation_config_is_followed_and_left_as_it_was(self) -> None:
         config = GenerationConfig(
@@ -99,7 +99,7 @@ class RowChecks(StrategyChecks):
     def test_stop_strings_end_a_row(self) -> None:
         tokenizer = tiny_models.tokenizer()
         ids, _ = tiny_models.prompts()
-        free = self.run()
+        free = self.usual()
         texts = [[tokenizer.decode(row[: i + 1]) for i in range(ids.shape[1], len(row))] for row in free]
         stop = texts[0][4][-2:]
         last = [next((i for i, text in enumerate(row) if text.endswith(stop)), len(row) - 1) for row in texts]
@@ -153,12 +153,12 @@ class RowChecks(StrategyChecks):
 
     # Logits processors
 
-    def test_a_user_processor_decides_what_can_be_said(self, kind: str) -> None:
-        free = self.free_run(kind)
+    def test_a_user_processor_decides_what_can_be_said(self, example: str) -> None:
+        free = self.free_run(example)
         banned = free[:, :3].flatten().unique()
-        new = self.free_run(kind, logits_processor=LogitsProcessorList([Ban(banned)]))
+        new = self.free_run(example, logits_processor=LogitsProcessorList([Ban(banned)]))
         said = sorted(set(new.flatten().tolist()) & set(banned.tolist()))
-        assert not said, f"{kind}: a logits processor forbids {banned.tolist()}, but the run says {said}"
+        assert not said, f"{example}: a logits processor forbids {banned.tolist()}, but the run says {said}"
 
     def test_settings_that_become_processors_are_kept(self) -> None:
         free, prompt = self.free_run(), tiny_models.prompts()[0].shape[1]

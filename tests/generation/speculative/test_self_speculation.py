@@ -37,29 +37,41 @@ class TestDraftAndVerify(StrategyConformance):
     "build",
     [
         lambda model: LayerSkip(exit_layer=3, draft_tokens=3),
-        lambda model: LayerSkip(exit_layer=2, draft_tokens=5, confidence=0.2),
         lambda model: DraftAndVerify(skip=("attention.1", "attention.2"), draft_tokens=4),
-        lambda model: DraftAndVerify(draft_tokens=4, confidence=0.1, acceptance=None),
     ],
-    ids=["layerskip", "layerskip-confident", "attention-left-out", "every-second-layer"],
+    ids=["layerskip", "attention-left-out"],
 )
 def test_greedy_text_is_that_of_generate(build, kind):
     exactness.assert_greedy_identity(build, models={kind: DEEP[kind]})
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.4}], ids=str)
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
 @pytest.mark.parametrize(
     "build",
     [
-        lambda model: LayerSkip(exit_layer=2, draft_tokens=2),
-        lambda model: LayerSkip(exit_layer=2, draft_tokens=2, confidence=0.3),
-        lambda model: DraftAndVerify(skip=("mlp.1", "attention.2"), draft_tokens=2),
+        lambda model: LayerSkip(exit_layer=2, draft_tokens=5, confidence=0.2),
+        lambda model: DraftAndVerify(draft_tokens=4, confidence=0.1, acceptance=None),
     ],
-    ids=["layerskip", "layerskip-confident", "draft-and-verify"],
+    ids=["layerskip-confident", "every-second-layer"],
+)
+def test_greedy_text_stays_when_drafts_stop_early(build, kind):
+    exactness.assert_greedy_identity(build, models={kind: DEEP[kind]})
+
+
+SKIP, CONFIDENT, LEAVE_OUT = (
+    lambda model: LayerSkip(exit_layer=2, draft_tokens=2),
+    lambda model: LayerSkip(exit_layer=2, draft_tokens=2, confidence=0.3),
+    lambda model: DraftAndVerify(skip=("mlp.1", "attention.2"), draft_tokens=2),
+)
+SHAPED = {"temperature": 0.7, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [(SKIP, {}), (SKIP, SHAPED), (CONFIDENT, {"repetition_penalty": 1.4}), (LEAVE_OUT, {}), (LEAVE_OUT, SHAPED)],
 )
 def test_sampled_text_follows_the_law_of_generate(build, settings):
-    model = exactness.small_vocabulary(num_hidden_layers=4)
-    exactness.assert_sampling_law(build, model, draws=12_000, **settings)
+    exactness.assert_sampling_law(build, exactness.small_vocabulary(num_hidden_layers=4), **settings)
 
 
 @torch.no_grad()

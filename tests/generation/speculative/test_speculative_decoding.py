@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from hf_ext.generation.speculative_decoding import SpeculativeDecoding
 from hf_ext.testing import exactness, tiny_models
@@ -29,6 +30,10 @@ def test_greedy_text_is_that_of_generate(kind):
     ids=str,
 )
 def test_sampled_text_follows_the_law_of_generate(settings):
-    model = exactness.small_vocabulary()
-    other = exactness.small_vocabulary(seed=1)
-    exactness.assert_sampling_law(lambda model: SpeculativeDecoding(other, 3), model, **settings)
+    # A penalty looks at each text by itself, which takes time: fewer continuations, as many draws for each.
+    sizes = {"vocabulary": 4, "draws": 2500} if "repetition_penalty" in settings else {"vocabulary": 5, "draws": 5000}
+    model, other = (exactness.small_vocabulary(vocabulary=sizes["vocabulary"], seed=seed) for seed in (None, 1))
+    exactness.assert_sampling_law(
+        lambda model: SpeculativeDecoding(other, 3), model, draws=sizes["draws"], prompt=torch.tensor([[3, 1, 2, 1]]),
+        **settings,
+    )  # fmt: skip

@@ -95,7 +95,7 @@ def test_a_call_begins_with_nothing_unless_the_matrix_is_kept():
     first = calls(fresh)
     assert calls(fresh) == first == calls(kept), "a first call depends on keep, or a second one on the first"
     assert calls(kept) < first, "a matrix that has seen the text already saved no call"
-    model = exactness.small_vocabulary()
+    model = exactness.small_vocabulary(vocabulary=8)
     kept.generate(model, torch.tensor([[3, 4]]), do_sample=False, max_new_tokens=4)  # another vocabulary: a new matrix
     assert kept.report.details["matrix_bytes"] == 8 * 8 * 4
 
