@@ -340,6 +340,7 @@ MODEL_AUTHORS = {"_attn_implementation", "_auto_class", "_can_compile_fullgraph"
 MODEL_AUTHORS |= {"_extrapolates_length", "_is_stateful"}
 #: Of Triton: `hf_ext/kernels/aot.py` compiles for GPUs that are not there, and its tests fail where this moves.
 TRITONS = {"_pack_args"}
+TORCHES = {*dir(torch.Tensor), *dir(torch.nn.Module()), *dir(torch)}
 FOLDERS = ("hf_ext", "generation", "modeling", "trainer_callbacks", "claims", "benchmarks")
 
 
@@ -363,12 +364,11 @@ def own_names(tree: ast.AST) -> set[str]:
 
 def private_uses(tree: ast.AST, own: set[str]) -> list[str]:
     """Uses of private names that are neither the package's own nor torch's."""
-    torches = {*dir(torch.Tensor), *dir(torch.nn.Module()), *dir(torch)}
     found = []
 
     def note(node: ast.expr | ast.stmt, name: str) -> None:
         authors = name in MODEL_AUTHORS or name in TRITONS or name.startswith("_supports_")
-        if private(name) and name not in own and name not in torches and not authors:
+        if private(name) and name not in own and name not in TORCHES and not authors:
             found.append(f"line {node.lineno}: {name}")
 
     for node in ast.walk(tree):
@@ -798,6 +798,17 @@ def test_compression_problem():
     assert "how many layers" in adapter.compression_problem([])
     recurrent = DynamicCache(config=tiny_models.shared("mamba").config).layers
     assert "LinearAttention" in adapter.compression_problem(recurrent)
+
+
+def test_eviction_problem():
+    import transformers.models.bloom.modeling_bloom
+    import transformers.models.falcon.modeling_falcon  # noqa: F401
+
+    with stands_on("rope_parameters and alibi of configurations"):
+        assert "ALiBi" in adapter.eviction_problem(transformers.BloomConfig())
+        assert adapter.eviction_problem(transformers.FalconConfig(alibi=True)) is not None
+        assert adapter.eviction_problem(transformers.FalconConfig(alibi=False)) is None
+        assert adapter.eviction_problem(tiny_models.shared("opt").config) is None
 
 
 def test_is_empty_layer():
