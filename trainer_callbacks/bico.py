@@ -13,17 +13,16 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_ext import adapter
-from hf_ext.attention.by_hand import attended, probabilities, scores
-from hf_ext.attention.intercept import Attended, intercept, visible
+from hf_ext.attention.intercept import intercept
 from hf_ext.attention.rotary import Rotary
 from hf_ext.layers import base_model
-from hf_ext.trainer_callbacks.denoising import COLUMN, Denoising, chosen, maskable, masked, read_causally
+from hf_ext.trainer_callbacks.denoising import CAUSAL, COLUMN, Denoising, chosen, maskable, masked, read_causally
 from hf_ext.trainer_callbacks.documents import Document
+from hf_ext.trainer_callbacks.mirror import Mirror
 from hf_ext.trainer_callbacks.moving import special_tokens
 
 
@@ -105,7 +104,10 @@ class BICO(Denoising):
     def corrupt(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Open the attention mask, and tell the attention at which positions the tokens stand."""
         if self._mirror is not None:
-            self._mirror.begin(inputs if COLUMN in inputs else None)
+            kinds = inputs.get(COLUMN)
+            self._mirror.begin(
+                inputs if kinds is not None else None, None if kinds is None else (kinds > CAUSAL).any(-1)
+            )
         return super().corrupt(inputs)
 
     # A wrapper that shards the model may not run it in parts, so its rotations are looked at before.
@@ -144,48 +146,3 @@ class BICO(Denoising):
                 f"BICO turns what comes after a token to the positions before it, but {error}. "
                 "Use BICO(mirror=False), which leaves all positions as they are."
             ) from error
-
-
-class Mirror:
-    """Attention for which a token `d` places ahead stands where one `d` places behind would.
-
-    Rotary scores depend on the distance only: q R(j - i) k. Turning query and key to the negative of
-    their positions, by minus twice the position, gives q R(i - j) k, which is taken for keys ahead.
-
-    Args:
-        rotary: how the model turns queries and keys.
-        windows: of the layers, None for those that see everything; they hold ahead as they do behind.
-    """
-
-    def __init__(self, rotary: Rotary, windows: list[int | None]) -> None:
-        self.rotary, self.windows = rotary, windows
-        self.positions: Tensor | None = None
-        self.farthest: int | None = None
-
-    def begin(self, inputs: dict[str, Any] | None) -> None:
-        """Learn at which positions the tokens of the next training pass stand; None for a pass without a mirror."""
-        if inputs is None:
-            self.positions = None
-            return
-        ids, given = inputs["input_ids"], inputs.get("position_ids")
-        columns = torch.arange(ids.shape[1], device=ids.device)[None]
-        self.positions = columns if given is None else given  # without any, the model numbers the columns
-        self.farthest = 2 * ids.shape[1] if given is None else None
-
-    def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, plain: Any, **call: Any
-    ) -> Attended:
-        """Attend; see `hf_ext.attention.intercept`. Passes that are no training go through as they are."""
-        if self.positions is None or not module.training:
-            return plain(module, query, key, value, mask, **call)
-        by = -2 * self.positions[:, None, :]
-        turned = [self.rotary.rotate(module.layer_idx, states, by, self.farthest) for states in (query, key)]
-        ahead = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
-        found = torch.where(ahead, scores(turned[0], turned[1], call), scores(query, key, call))
-        seen, window = visible(mask, query, key), self.windows[module.layer_idx]
-        if window is not None:
-            place = self.positions[:, None]
-            seen = seen & (place[..., None, :] - place[..., None] < window)
-        weights = probabilities(found, seen, call)
-        dropout = call.get("dropout") or 0.0
-        return attended(nn.functional.dropout(weights, dropout), value), None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_ext.generation.heads.multi_token import MultiTokenHead
-from hf_ext.trainer_callbacks.clean_loss import next_token_loss
+from hf_ext.trainer_callbacks.clean_loss import loss_of_states, next_token_loss
 from hf_ext.trainer_callbacks.objective import Objective
 from hf_ext.trainer_callbacks.tap import document_numbers
 
@@ -156,7 +156,7 @@ class CAFT(Objective):
             if weight == 0:
                 continue
             wanted = ahead(targets, documents, number)
-            loss, some = next_token_loss(to_logits(self._heads(hidden, number)), wanted)
+            loss, some = loss_of_states(to_logits, self._heads(hidden, number), wanted)
             self.record(f"loss_ahead_{number}", loss, some)
             total = total + weight * loss
         return total, count

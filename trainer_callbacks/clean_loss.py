@@ -31,6 +31,44 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return total, (flat != -100).sum()
 
 
+def loss_of_states(to_logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the cross-entropy of the logits of states, without building them all where norm and head are known.
+
+    Args:
+        to_logits: what `loss_on_hidden` is given: from states to logits, with a `shortcut` where these are the head's
+            output on the normed states, and nothing else.
+        states: (batch, length, hidden).
+        targets: (batch, length), -100 for none.
+
+    Returns:
+        The sum and the number of targets.
+
+    Example:
+        >>> loss_of_states(torch.nn.Identity(), torch.zeros(1, 2, 4), torch.tensor([[1, -100]]))[0].exp()
+        tensor(4.)
+    """
+    from hf_ext.kernels.linear_loss import linear_loss
+
+    shortcut = getattr(to_logits, "shortcut", None)
+    if shortcut is None or not is_plain_linear(shortcut[1]):
+        return next_token_loss(to_logits(states), targets)
+    norm, head = shortcut
+    kept = (targets != -100).to(states.device)
+    wanted = targets.to(states.device)[kept]
+    total = linear_loss(norm(states[kept]), head.weight, wanted, lambda found, at: found.nll.sum(), bias=head.bias)
+    return total, kept.sum()
+
+
+def is_plain_linear(head: nn.Module | None) -> bool:
+    """Tell whether a head is a linear layer and nothing more: no adapter, no offloading, no quantisation.
+
+    Example:
+        >>> is_plain_linear(nn.Linear(2, 3)), is_plain_linear(nn.Embedding(2, 3))
+        (True, False)
+    """
+    return head is not None and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
+
+
 def shifted_targets(labels: Tensor, shift_labels: Tensor | None = None, *, shift: bool = True) -> Tensor:
     """Align labels with the logits that predict them.
 

@@ -144,6 +144,10 @@ class DynamicLossReweighting(Objective):
             losses = [self._losses_ahead(trainer, batch) for batch in batches]
             self._planned = iter(self._factors(losses))
 
+    def is_plain(self) -> bool:
+        """Tell whether no row weighs more than another at this step."""
+        return not math.isfinite(self._temperature())
+
     def statistics_loss(self, statistics: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the number of targets."""
         count = torch.as_tensor(targets.numel())
@@ -180,8 +184,9 @@ class DynamicLossReweighting(Objective):
         if shift:  # nothing is computed from labels
             inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         head = None
-        if self.without_logits and self._installation is not None:
-            head, inputs = self._installation.head, self._installation.without_logits(inputs)
+        if self._installation is not None and self._installation.head is not None:
+            head = self._installation.head
+            inputs = head.begin(inputs)
         with in_evaluation(model), trainer.compute_loss_context_manager():
             outputs = model(**inputs)
         beyond = 0 if head else outputs.logits.shape[1] - targets.shape[1]  # prompt tuning puts virtual tokens first

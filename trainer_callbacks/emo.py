@@ -132,6 +132,10 @@ class EMO(Objective):
         """Return the embeddings, of length 1 each."""
         return self._table
 
+    def is_plain(self) -> bool:
+        """Tell whether the options are those of plain training."""
+        return self.strength == 0
+
     def statistics_loss(self, statistics: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the number of targets."""
         count = torch.as_tensor(targets.numel())

@@ -34,9 +34,29 @@ def smallest_kept(gradient: Tensor, ratio: float) -> Tensor:
     """
     masked = min(round(ratio * gradient.numel()), gradient.numel() - 1)
     sizes = gradient.abs().flatten()
+    if sizes.device.type == "cpu" and sizes.dtype in _BITS:
+        return _ranked(sizes, masked)
     if torch.are_deterministic_algorithms_enabled():  # kthvalue is refused then, for the index that it also returns
         return sizes.sort().values[masked]
     return sizes.kthvalue(masked + 1).values
+
+
+#: Integers of the size of a float, and by how much to shift them for no more than 2**15 different ones.
+_BITS = {torch.float32: (torch.int32, 16), torch.float16: (torch.int16, 0), torch.bfloat16: (torch.int16, 0)}
+
+
+def _ranked(sizes: Tensor, rank: int) -> Tensor:
+    """Return what stands at place `rank` among non-negative floats in their order, by counting and not by sorting.
+
+    The bits of non-negative floats, read as integers, are in the order of the floats. Numbers that share the upper
+    ones are counted; among those with the wanted value's upper bits the rest of it is looked for.
+    """
+    whole, shift = _BITS[sizes.dtype]
+    upper = sizes.view(whole) >> shift
+    before = torch.bincount(upper).cumsum(0)
+    found = int(torch.searchsorted(before, rank, right=True))
+    some = sizes[upper == found]
+    return some.kthvalue(rank - (int(before[found - 1]) if found else 0) + 1).values
 
 
 @dataclass(eq=False)

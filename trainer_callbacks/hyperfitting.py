@@ -149,6 +149,10 @@ class Hyperfitting(Objective):
         self._epoch: tuple[Tensor, int] | None = None
         self.report = {"before": greedy_text(model, self._ids, self.new_tokens)} if self._ids else {}
 
+    def is_plain(self) -> bool:
+        """Tell that the loss is the next-token loss."""
+        return True
+
     def statistics_loss(self, statistics: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the plain loss, and add it to the epoch's."""
         total, count = statistics.nll.sum(), targets.numel()

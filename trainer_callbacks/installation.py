@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainingArguments
 
 from hf_ext.layers import TargetEnds, decoder_layers
 from hf_ext.trainer_callbacks.clean_loss import shifted_targets
 from hf_ext.trainer_callbacks.conflicts import refuse_company
-from hf_ext.trainer_callbacks.statistics import PlainHead
+from hf_ext.trainer_callbacks.logits_readers import reader_of_logits
+from hf_ext.trainer_callbacks.plain_head import PlainHead
 
 if TYPE_CHECKING:
     from hf_ext.trainer_callbacks.objective import Objective
+
+logger = logging.getLogger(__name__)
 
 
 class Installation:
@@ -29,12 +34,17 @@ class Installation:
     Args:
         objective: whose hooks to install.
         model: the unwrapped model (a `PeftModel` is taken as it is, its base model gets the loss).
+        args: of the training.
+        trainer: that trains the model, None if it is not known.
     """
 
-    def __init__(self, objective: Objective, model: nn.Module) -> None:
+    def __init__(
+        self, objective: Objective, model: nn.Module, args: TrainingArguments, trainer: Trainer | None = None
+    ) -> None:
         refuse_company(objective, objectives_on(model))
         self.model = model
-        self.lines = [f"forward pre-hook on {type(model).__name__}: {', '.join(_duties(objective))}"]
+        corrupts = f"{objective.name}.corrupt, " if objective.has("corrupt") else ""
+        self.lines = [f"forward pre-hook on {type(model).__name__}: {corrupts}clean next-token loss"]
         self._handle = model.register_forward_pre_hook(_BatchHook(objective, model), with_kwargs=True)
         self._loss_owner: nn.Module | None = None
         if objective.loss_hook:
@@ -42,12 +52,11 @@ class Installation:
         self._layer_handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self.head: PlainHead | None = None
-        if objective.without_logits:
-            self.head = PlainHead(model)
-            self.lines.append(self.head.line)
+        if objective.has("statistics_loss") and objective.without_logits is not False:
+            self._leave_out_logits(objective, model, args, trainer)
         self._batch: dict[str, Any] = {}
         self._wanted: set[int] = set()
-        self._ends: TargetEnds | None = None
+        self.ends: TargetEnds | None = None
         self._states: dict[int, Tensor] = {}
         self.quiet = False
         if objective.has("on_layer") or objective.has("loss_on_hidden"):
@@ -68,11 +77,6 @@ class Installation:
         self.lines.append(line)
         self._undo.append(undo)
 
-    def without_logits(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ask the model for no logits in the training pass over `batch`, and keep its last states."""
-        assert self.head is not None
-        return self.head.begin(batch)
-
     def begin(self, batch: dict[str, Any], wanted: Iterable[int]) -> None:
         """Collect the wanted states of the training pass over `batch` that comes now."""
         self._batch, self._wanted = batch, set(wanted)
@@ -87,20 +91,27 @@ class Installation:
                 f"the states after layers {sorted(missing) or sorted(states)} cannot be trained on: gradient "
                 'checkpointing hides them. Use gradient_checkpointing_kwargs={"use_reentrant": False} or none.'
             )
-        return states, self._to_logits
+        return states, ToLogits(self)
 
-    def _to_logits(self, states: Tensor) -> Tensor:
-        """Apply final norm and head; where that means running the model without its layers, keep their hooks quiet."""
-        self.quiet = True
-        try:
-            if self._ends is None:  # of a sharded model, whose parts work within a pass of the whole only
-                self._ends = TargetEnds(self.model)
-            return self._ends.logits(states)
-        finally:
-            self.quiet = False
+    def _leave_out_logits(
+        self, objective: Objective, model: nn.Module, args: TrainingArguments, trainer: Trainer | None
+    ) -> None:
+        """Train without logits, or say why not where that was left open."""
+        reason = None if objective.without_logits else reader_of_logits(objective, model, args, trainer)
+        if reason is None:
+            try:
+                self.head = PlainHead(model)
+            except ValueError as error:
+                if objective.without_logits:
+                    raise
+                reason = str(error)
+        self.lines.append(f"nothing for the head: logits are built, since {reason}" if self.head is None
+                          else self.head.line)  # fmt: skip
+        if self.head is None:
+            logger.info("%s: logits are built, since %s", objective.name, reason)
 
     def _hook_layers(self, objective: Objective, model: nn.Module) -> None:
-        self._ends = None if isinstance(model, FSDPModule) else TargetEnds(model)
+        self.ends = None if isinstance(model, FSDPModule) else TargetEnds(model)
         layers = decoder_layers(model)
         duties = [hook for hook in ("on_layer", "loss_on_hidden") if objective.has(hook)]
         self.lines.append(f"forward hooks on {len(layers)} layers: {', '.join(duties)}")
@@ -135,16 +146,31 @@ class Installation:
                 vars(self._loss_owner).pop("_loss_function", None)
 
 
+class ToLogits:
+    """Turn states into logits as the model does: final norm, head, and what else there is."""
+
+    def __init__(self, installation: Installation) -> None:
+        self._installation = installation
+        ends = installation.ends
+        #: Norm and head, where these are all there is and their weights are whole; else None.
+        self.shortcut = None if ends is None or isinstance(installation.model, FSDPModule) else ends.shortcut
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Apply norm and head; where that means running the model without its layers, keep their hooks quiet."""
+        found = self._installation
+        found.quiet = True
+        try:
+            if found.ends is None:  # of a sharded model, whose parts work within a pass of the whole only
+                found.ends = TargetEnds(found.model)
+            return found.ends.logits(states)
+        finally:
+            found.quiet = False
+
+
 def objectives_on(model: nn.Module) -> list[Objective]:
     """Return the objectives that have their hooks on a model, in the order in which they see a batch."""
     hooks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BatchHook)]
     return [found for hook in hooks if (found := hook.objective()) is not None]
-
-
-def _duties(objective: Objective) -> list[str]:
-    duties = [f"{objective.name}.corrupt"] if objective.has("corrupt") else []
-    duties += ["no logits"] if objective.without_logits else []
-    return [*duties, "clean next-token loss"]
 
 
 class _BatchHook:

@@ -77,6 +77,10 @@ class MixCE(Objective):
                 f"eta must be a share from 0 (reverse cross-entropy) to 1 (plain training), got {self.eta!r}"
             )
 
+    def is_plain(self) -> bool:
+        """Tell whether the options are those of plain training."""
+        return self.eta == 1
+
     def statistics_loss(self, statistics: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the number of targets."""
         return mixce_loss(statistics.nll, self.eta).sum(), torch.as_tensor(targets.numel())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import TrainingArguments
 
-from hf_ext.generation.self_terminating import Free, check_options, self_terminating
+from hf_ext.generation.self_terminating import Free, check_options
 from hf_ext.trainer_callbacks import noise
-from hf_ext.trainer_callbacks.clean_loss import next_token_loss
 from hf_ext.trainer_callbacks.objective import Objective
 
 
@@ -36,6 +37,7 @@ class SelfTerminating(Objective):
         free: where the model's own probability of the end comes from.
         eos_token_id: id of the end; None takes the model's, if it has a single one.
         clean_loss_every: see `Objective`; the clean loss is that of the plain softmax.
+        without_logits: see `Objective`.
 
     Raises:
         ValueError: an option is out of range; in training, the model has no end or several ones.
@@ -76,21 +78,47 @@ class SelfTerminating(Objective):
                 )
             self._eos = found
 
-    def token_loss(self, logits: Tensor, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
+    def is_plain(self) -> bool:
+        """Tell whether the options are those of plain training."""
+        return self.epsilon == 0 and self.free == "softmax"
+
+    def apart(self) -> int | None:
+        """Name the end: the others share what it leaves by their softmax."""
+        return self._eos
+
+    def statistics_loss(self, statistics: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the sum of the negative log-likelihoods and the number of targets."""
-        if self.epsilon == 0 and self.free == "softmax":
-            return next_token_loss(logits, targets)
-        assert self._eos is not None
-        targets = targets.to(logits.device)
-        chosen = targets != -100
-        read = noise.document_positions(self.batch).to(logits.device) + 1
-        kept = targets[chosen]
-        found = self_terminating(
-            logits[:, -targets.shape[1] :][chosen], read[chosen], self._eos, self.epsilon, self.free
-        )
-        losses = -found.gather(-1, kept[:, None])[:, 0]
-        ends = kept == self._eos
+        count = torch.as_tensor(targets.numel())
+        if self.is_plain():
+            return statistics.nll.sum(), count
+        places = noise.document_positions(self.batch)[self.rows, self.columns]
+        end_loss, stay = termination(statistics, places.to(targets.device) + 1, self.epsilon, self.free)
+        ends = targets == self._eos
+        losses = torch.where(ends, end_loss, statistics.nll - stay)
         with torch.no_grad():
-            self.record("end_probability", found[:, self._eos].exp().sum(), len(kept))
+            self.record("end_probability", (-end_loss).exp().sum(), count)
             self.record("end_loss", (losses * ends).sum(), ends.sum())
-        return losses.sum(), chosen.sum()
+        return losses.sum(), count
+
+
+def termination(statistics: Any, read: Tensor, epsilon: float, free: str) -> tuple[Tensor, Tensor]:
+    """Return `-log p(end)`, and the logarithm of what is left for the others.
+
+    Args:
+        statistics: `apart`, the end's logit, and `lse` of the others.
+        read: number of tokens that were read, from 1.
+        epsilon: rate of the bound.
+        free: see `SelfTerminating`.
+
+    Example:
+        >>> from hf_ext.kernels.linear_loss import TokenStatistics
+        >>> zeros = TokenStatistics(torch.zeros(1), apart=torch.zeros(1), lse=torch.tensor([2.0]).log())
+        >>> [x.exp() for x in termination(zeros, torch.ones(1), 0.1, "softmax")]  # the end: 1 - 0.9 * 2/3
+        [tensor([2.5000]), tensor([0.6000])]
+    """
+    own = statistics.apart - statistics.lse if free == "softmax" else statistics.apart
+    bound = read.to(own.dtype) * math.log1p(-epsilon)
+    goes_on = functional.logsigmoid(-own)
+    # A sum of two logarithms, since 1 - exp(stay) loses a small probability to rounding.
+    end = torch.logaddexp((-torch.expm1(bound)).log() + goes_on, functional.logsigmoid(own))
+    return -end, goes_on + bound

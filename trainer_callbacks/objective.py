@@ -25,6 +25,7 @@ from hf_ext.trainer_callbacks.clean_loss import clean_loss, next_token_loss
 from hf_ext.trainer_callbacks.conflicts import refuse_arguments
 from hf_ext.trainer_callbacks.documents import split_clean
 from hf_ext.trainer_callbacks.installation import Installation, objectives_on
+from hf_ext.trainer_callbacks.logits_readers import calling_trainer
 from hf_ext.trainer_callbacks.meters import Meters
 from hf_ext.trainer_callbacks.statistics import loss_of_statistics
 
@@ -79,9 +80,11 @@ class Objective(TrainerCallback):
             a multiple of this; None for the steps that are logged, 0 for never. With a corruption
             it costs one more forward pass (about a third of a step) at those steps, otherwise a
             cross-entropy over logits that are there already. It is logged as `clean_loss`.
-        without_logits: never build the vocabulary-sized logits: the loss is computed from the last
+        without_logits: True to never build the vocabulary-sized logits: the loss is computed from the last
             hidden states, a part at a time. For objectives with `statistics_loss` only, on models
-            whose logits are those of their head alone, up to a scale or soft-capping.
+            whose logits are those of their head alone, up to a scale or soft-capping. None does so where
+            the model allows it and nobody else reads the logits (a trainer with a `compute_loss` of its own
+            may, SFTTrainer for one); `installed()` says which. False for never.
 
     Example:
         >>> @dataclass(eq=False)
@@ -106,7 +109,7 @@ class Objective(TrainerCallback):
 
     seed: int | None = field(default=None, kw_only=True)
     clean_loss_every: int | None = field(default=None, kw_only=True)
-    without_logits: bool = field(default=False, kw_only=True)
+    without_logits: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.clean_loss_every is not None and self.clean_loss_every < 0:
@@ -118,8 +121,9 @@ class Objective(TrainerCallback):
         self._attached = False
         self._popped_labels: Tensor | None = None
         self._inputs: Mapping[str, Any] = {}
-        #: in `statistics_loss`: (targets,), the row of the batch that each target is from
+        #: in `statistics_loss`: (targets,), row of the batch and column from which each target is predicted
         self.rows: Tensor = torch.empty(0, dtype=torch.long)
+        self.columns: Tensor = self.rows
 
     # -- what a subclass may define -----------------------------------------------------------------
 
@@ -175,6 +179,17 @@ class Objective(TrainerCallback):
     def table(self) -> Tensor:
         """Return what the statistic `expectation` is over: (vocabulary, any width)."""
         raise NotImplementedError
+
+    def apart(self) -> int | None:
+        """Name a token that the statistics leave out and whose logit `statistics.apart` is, for an additive loss."""
+        return None
+
+    def is_plain(self) -> bool:
+        """Tell whether the coming pass trains the next-token loss, which then is computed as plain training does.
+
+        For objectives with a `statistics_loss`; the statistics then leave no token out.
+        """
+        return False
 
     def rewrite(self, document: Any, draw: Any) -> Any:
         """Change a document and its labels; see `hf_ext.trainer_callbacks.Rewriting`."""
@@ -294,7 +309,7 @@ class Objective(TrainerCallback):
         self._steps_per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
         self._batches = self._losses = 0
         self.setup(model, kwargs.get("processing_class"), args)
-        self._installation = Installation(self, model)
+        self._installation = Installation(self, model, args, calling_trainer(self))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -376,8 +391,8 @@ class Objective(TrainerCallback):
             self._inputs = inputs
         if self._installation is not None:
             self._installation.begin(inputs, self.states_needed() if self.has("loss_on_hidden") else ())
-            if self.without_logits:
-                inputs = self._installation.without_logits(inputs)
+            if self._installation.head is not None and (self.without_logits or not self.is_plain()):
+                inputs = self._installation.head.begin(inputs)
         return inputs
 
     def _corrupted(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -406,8 +421,9 @@ class Objective(TrainerCallback):
         assert self._installation is not None
         measure = self.clean_loss_due() and not any(o.corrupts for o in objectives_on(self._installation.model))
         if self.has("statistics_loss"):
-            head = self._installation.head if self.without_logits else None
-            total, count, plain = loss_of_statistics(self, head, logits, targets, extra)
+            head = self._installation.head
+            armed = head if head is not None and head.armed else None
+            total, count, plain = loss_of_statistics(self, armed, logits, targets, extra)
             if measure:
                 self.record("clean_loss", plain, (targets != -100).sum())
         else:
@@ -419,7 +435,7 @@ class Objective(TrainerCallback):
                 total, count = self.loss_on_hidden(states, logits, targets, to_logits, **extra)
             else:
                 total, count = self.token_loss(logits, targets, **extra)
-        self._inputs, self.rows = {}, self.rows[:0]
+        self._inputs, self.rows, self.columns = {}, self.rows[:0], self.columns[:0]
         if total.dim():
             raise ValueError(
                 f"{self.name}.{self.loss_hook} must return a summed scalar, got shape {tuple(total.shape)}"

@@ -97,6 +97,10 @@ class UACLM(Objective):
         if isinstance(self.share_right, bool) or not 0 < self.share_right < 1:
             raise ValueError(f"share_right must lie between 0 and 1, got {self.share_right!r}")
 
+    def is_plain(self) -> bool:
+        """Tell whether the options are those of plain training."""
+        return self.weight == 0 and self.likelihood == 1
+
     def statistics_loss(self, statistics: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the number of targets."""
         count, right = torch.as_tensor(targets.numel()), statistics.best == targets

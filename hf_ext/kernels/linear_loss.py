@@ -16,7 +16,7 @@ from hf_ext.kernels import linear_loss_autograd
 from hf_ext.kernels.linear_loss_pieces import Head, rows_at_a_time
 from hf_ext.kernels.linear_statistics import TokenStatistics, check_table, check_targets, statistics_of_logits
 
-__all__ = ["TokenStatistics", "linear_loss", "linear_statistics", "statistics_of_logits"]
+__all__ = ["TokenStatistics", "linear_loss", "linear_statistics", "loss_of_logits", "statistics_of_logits"]
 
 
 def linear_statistics(
@@ -87,6 +87,7 @@ def linear_loss(
     queries: torch.Tensor | None = None,
     entropy: bool = False,
     best: bool = False,
+    apart: int | None = None,
     chunk: int | None = None,
 ) -> torch.Tensor:
     """Return the sum of a loss of statistics, with its gradients made in the forward pass.
@@ -107,6 +108,7 @@ def linear_loss(
         queries: see there.
         entropy: see there.
         best: see there.
+        apart: a token that the distributions leave out, and whose logit is a statistic of its own.
         chunk: see there.
 
     Returns:
@@ -125,10 +127,75 @@ def linear_loss(
     """
     head, hidden, weight, bias = _head(hidden, weight, targets, bias, scale, softcap, table, queries, chunk)
     wanted = (entropy, table is not None, best)
+    _check_apart(apart, len(weight))
     found: torch.Tensor = linear_loss_autograd.Loss.apply(
-        hidden, weight, bias, targets, table, queries, head, wanted, loss, torch.is_grad_enabled()
+        hidden, weight, bias, targets, table, queries, head, wanted, apart, loss, torch.is_grad_enabled()
     )  # type: ignore[no-untyped-call]
     return found
+
+
+def loss_of_logits(
+    logits: torch.Tensor,
+    places: torch.Tensor,
+    targets: torch.Tensor,
+    loss: Callable[[TokenStatistics, slice], torch.Tensor],
+    *,
+    table: torch.Tensor | None = None,
+    entropy: bool = False,
+    best: bool = False,
+    apart: int | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Return the sum of a loss of statistics of logits that are there, with their gradient made in one pass over them.
+
+    The result is that of `loss(statistics_of_logits(logits[places], targets, ...), slice(0, tokens))`. Beside the
+    gradient, which has the size of the logits, no more than a piece of that size is made.
+
+    Args:
+        logits: (positions, vocabulary).
+        places: (tokens,) int64, the positions that have a target; each once.
+        targets: (tokens,) int64 in the vocabulary.
+        loss: see `linear_loss`.
+        table: see `linear_statistics`.
+        entropy: see there.
+        best: see there.
+        apart: see `linear_loss`.
+        chunk: tokens at a time; by default what is quick for the vocabulary.
+
+    Returns:
+        Scalar, in float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not go together, or a loss that is not a scalar.
+
+    Example:
+        >>> logits = torch.zeros(3, 4, requires_grad=True)
+        >>> loss_of_logits(logits, torch.tensor([0, 2]), torch.tensor([1, 3]), lambda s, at: s.nll.sum()).backward()
+        >>> logits.grad
+        tensor([[ 0.2500, -0.7500,  0.2500,  0.2500],
+                [ 0.0000,  0.0000,  0.0000,  0.0000],
+                [ 0.2500,  0.2500,  0.2500, -0.7500]])
+    """
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be (positions, vocabulary), got {logits.dtype} of {tuple(logits.shape)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, or None, got {chunk}")
+    vocabulary = logits.shape[1]
+    check_targets(len(places), vocabulary, targets)
+    check_table(len(places), vocabulary, table, None)
+    _check_apart(apart, vocabulary)
+    rows = rows_at_a_time(vocabulary, logits.device.type, there=True) if chunk is None else chunk
+    wanted = (entropy, table is not None, best)
+    table = None if table is None else table.detach()
+    found: torch.Tensor = linear_loss_autograd.LossOfLogits.apply(
+        logits, places, targets, table, wanted, apart, rows, loss, torch.is_grad_enabled()
+    )  # type: ignore[no-untyped-call]
+    return found
+
+
+def _check_apart(apart: int | None, vocabulary: int) -> None:
+    if apart is not None and not 0 <= apart < vocabulary:
+        raise ValueError(f"apart must be a token from 0 to {vocabulary - 1}, got {apart}")
 
 
 def _head(

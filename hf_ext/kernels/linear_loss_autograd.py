@@ -9,6 +9,7 @@ again. `Loss` is told how the loss uses them, and makes the gradients while it h
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ class Loss(torch.autograd.Function):
     """The sum of a loss of statistics, with gradients that are made while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, table, queries, head: Head, wanted: Wanted, loss, enabled):
+    def forward(
+        ctx: Any, hidden, weight, bias, targets, table, queries, head: Head, wanted: Wanted, apart, loss, enabled
+    ):
         """Return the sum over all tokens; `enabled` says whether gradients are, which cannot be seen from here."""
         needed = [enabled and need for need in ctx.needs_input_grad[:3]]
         dtype = statistics_dtype(hidden.dtype)
@@ -86,7 +89,7 @@ class Loss(torch.autograd.Function):
                 some = hidden[at]
                 logits = head.logits(some, weight, bias, room)
                 asked = None if queries is None else queries[at]
-                piece = Piece(logits, targets[at], table, asked, wanted, head.softcap, any(needed))
+                piece = Piece(logits, targets[at], table, asked, wanted, head.softcap, any(needed), apart)
                 value, given = _gradient_of_loss(loss, piece.statistics, at, any(needed))
                 total += value
                 if given is None:
@@ -118,13 +121,50 @@ class Loss(torch.autograd.Function):
                 "compute the loss again, or use linear_statistics, which keeps what it needs under retain_graph"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(given) for g in gradients), *(None,) * 7
+        return *(None if g is None else g.mul_(given) for g in gradients), *(None,) * 8
+
+
+class LossOfLogits(torch.autograd.Function):
+    """The sum of a loss of statistics of logits that are there, with the gradient made in one pass over them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits, places, targets, table, wanted: Wanted, apart, rows: int, loss, enabled
+    ):  # fmt: skip
+        """Return the sum over the tokens at `places`, `rows` of them at a time."""
+        needed = enabled and ctx.needs_input_grad[0]
+        dtype = statistics_dtype(logits.dtype)
+        grad = torch.zeros_like(logits, memory_format=torch.contiguous_format) if needed else None
+        total = logits.new_zeros((), dtype=dtype)
+        with torch.autocast(logits.device.type, enabled=False):
+            for start in range(0, len(places), rows):
+                at = slice(start, min(start + rows, len(places)))
+                some = logits[places[at]].to(dtype)  # a copy, which is used up
+                piece = Piece(some, targets[at], table, None, wanted, None, needed, apart)
+                value, given = _gradient_of_loss(loss, piece.statistics, at, needed)
+                total += value
+                if given is not None:
+                    grad[places[at]] = piece.gradient(given).to(grad.dtype)
+        ctx.gradient = grad
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given):
+        """Return the gradient of the logits."""
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "the gradient of loss_of_logits was made in its forward pass and is gone after one backward pass: "
+                "compute the loss again"
+            )
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(given), *(None,) * 8
 
 
 def _gradient_of_loss(loss: Any, found: TokenStatistics, at: slice, needed: bool):
     """Return the loss of some tokens, and its gradients for their statistics, None if there are none."""
     with torch.set_grad_enabled(needed):
-        names = [n for n in ("nll", "entropy", "expectation", "best_nll") if getattr(found, n) is not None]
+        names = [item.name for item in dataclasses.fields(Given) if getattr(found, item.name) is not None]
         leaves = {name: getattr(found, name).detach().requires_grad_(needed) for name in names}
         value = loss(TokenStatistics(**leaves, best=found.best), at)
         if not isinstance(value, torch.Tensor) or value.dim():

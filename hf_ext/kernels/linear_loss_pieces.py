@@ -15,6 +15,8 @@ from hf_ext.kernels.linear_statistics import TokenStatistics, statistics_dtype
 #: devices, few beside what else they hold.
 LOGITS = {"cpu": 2**23}
 LOGITS_ELSEWHERE = 2**25
+#: The same for logits that are there already, of which no product is made.
+LOGITS_THERE = {"cpu": 2**20}
 #: A product of fewer rows is slow, whatever the vocabulary.
 LEAST = 64
 
@@ -22,14 +24,19 @@ LEAST = 64
 Wanted = tuple[bool, bool, bool]
 
 
-def rows_at_a_time(vocabulary: int, device: str = "cpu") -> int:
+def rows_at_a_time(vocabulary: int, device: str = "cpu", *, there: bool = False) -> int:
     """Return how many tokens have their logits at a time on a type of device.
+
+    Args:
+        vocabulary: of the model.
+        device: its type.
+        there: whether the logits are there already.
 
     Example:
         >>> rows_at_a_time(32_000), rows_at_a_time(256_000), rows_at_a_time(32_000, "cuda")
         (262, 64, 1048)
     """
-    return max(LEAST, LOGITS.get(device, LOGITS_ELSEWHERE) // vocabulary)
+    return max(LEAST, (LOGITS_THERE if there else LOGITS).get(device, LOGITS_ELSEWHERE) // vocabulary)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Given:
     entropy: torch.Tensor | None = None
     expectation: torch.Tensor | None = None
     best_nll: torch.Tensor | None = None
+    apart: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,17 +94,24 @@ class Piece:
 
     def __init__(
         self, logits: torch.Tensor, targets: torch.Tensor, table: torch.Tensor | None, queries: torch.Tensor | None,
-        wanted: Wanted, softcap: float | None, for_gradient: bool,
+        wanted: Wanted, softcap: float | None, for_gradient: bool, apart: int | None = None,
     ) -> None:  # fmt: skip
         entropy, expectation, best = wanted
         self.targets = targets[:, None]
         self.similarity: torch.Tensor | None = None
         self.slope = slope_of(logits, softcap) if softcap is not None and for_gradient else None
         found: dict[str, torch.Tensor] = {}
+        self.apart = apart
+        if apart is not None:
+            found["apart"] = logits[:, apart].clone()
+            logits[:, apart] = -torch.inf
+            top, at = logits.max(-1)
         at_target = logits.gather(-1, self.targets)
         log_q = torch.log_softmax(logits, -1, out=logits)
         found["nll"] = -log_q.gather(-1, self.targets)[:, 0]
         self.lse = found["nll"] + at_target[:, 0]
+        if apart is not None:  # which may be the target, and has no probability among the others
+            found["lse"] = self.lse = top - log_q.gather(-1, at[:, None])[:, 0]
         if best:
             found["best"] = log_q.argmax(-1)
             found["best_nll"] = -log_q.gather(-1, found["best"][:, None])[:, 0]
@@ -108,23 +124,22 @@ class Piece:
             log_q.clamp_(min=torch.finfo(log_q.dtype).min)  # 0 log 0 is 0
             found["entropy"] = -row_products(self.q, log_q)
         if table is not None:
-            queries = table[targets] if queries is None else queries
-            near = (self.q.to(table.dtype) @ table).to(self.q.dtype)
-            found["expectation"] = row_products(near, queries.to(near.dtype))
-            if for_gradient:
-                self.similarity = similarities(queries, table, self.q.dtype)
+            # The gradient needs all similarities, and the product for them gives the expectation, too.
+            near = similarities(table[targets] if queries is None else queries, table, self.q.dtype)
+            found["expectation"] = row_products(self.q, near)
+            self.similarity = near if for_gradient else None
         self.statistics = TokenStatistics(**found)
 
     def gradient(self, given: Given) -> torch.Tensor:
         """Return the gradient of the logits, in place of the probabilities, as if the scale were 1."""
         return gradient_of_logits(
-            self.q, self.log_q, self.similarity, self.slope, self.targets, self.statistics, given, None
+            self.q, self.log_q, self.similarity, self.slope, self.targets, self.statistics, given, None, self.apart
         )
 
 
 def gradient_of_logits(
     q: torch.Tensor, log_q: torch.Tensor, similarity: torch.Tensor | None, slope: torch.Tensor | None,
-    targets: torch.Tensor, found: TokenStatistics, given: Given, inside: torch.Tensor | None,
+    targets: torch.Tensor, found: TokenStatistics, given: Given, inside: torch.Tensor | None, apart: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return the gradient of logits through all statistics, in place of `q`; the other matrices are used up, too.
 
@@ -141,6 +156,7 @@ def gradient_of_logits(
         found: the statistics; `best` counted like the targets, nll not looked at.
         given: gradients of the statistics.
         inside: (tokens, 2) which targets and likeliest tokens are in the part; None for all.
+        apart: a token that the distribution leaves out.
     """
     factor = None
     if given.entropy is not None and found.entropy is not None:
@@ -151,9 +167,10 @@ def gradient_of_logits(
     if given.expectation is not None and similarity is not None and found.expectation is not None:
         near = similarity.sub_(found.expectation[:, None]).mul_(q).mul_(given.expectation[:, None])
         factor = near if factor is None else factor.add_(near)
-    rows = given.best_nll if given.nll is None else given.nll
-    if given.nll is not None and given.best_nll is not None:
-        rows = given.nll + given.best_nll
+    rows = None
+    for values in (given.nll, given.best_nll, given.lse):
+        if values is not None:
+            rows = values if rows is None else rows + values
     if rows is not None:
         q.mul_(rows[:, None])
         if factor is not None:
@@ -169,6 +186,8 @@ def gradient_of_logits(
             values = values.where(inside[:, number], 0)
             places = places.reshape(-1).clamp(0, q.shape[1] - 1)
         q.scatter_add_(1, places.reshape(-1, 1), -values[:, None].to(q.dtype))
+    if apart is not None:
+        q[:, apart] = 0 if given.apart is None else given.apart
     return q if slope is None else q.mul_(slope)
 
 

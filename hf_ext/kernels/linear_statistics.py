@@ -22,6 +22,9 @@ class TokenStatistics:
             target.
         best: (tokens,) int64, the likeliest token; the first of several.
         best_nll: (tokens,) `-log max q`.
+        apart: (tokens,) the logit of a token that `q` leaves out; all the rest is of the others. Its own nll is
+            infinite.
+        lse: (tokens,) the logarithm of the sum of the exponentials of the others' logits.
     """
 
     nll: torch.Tensor
@@ -29,6 +32,8 @@ class TokenStatistics:
     expectation: torch.Tensor | None = None
     best: torch.Tensor | None = None
     best_nll: torch.Tensor | None = None
+    apart: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
 
 def statistics_of_logits(

@@ -8,15 +8,17 @@ import torch
 
 from hf_ext import adapter
 from hf_ext.attention import AttentionStructure, masks_for
+from hf_ext.attention.by_hand import attended, probabilities, scores
 from hf_ext.attention.intercept import intercept
 from hf_ext.attention.rotary import Rotary
 from hf_ext.testing.objective import ObjectiveInProcess
 from hf_ext.testing.objective_processes import tiny_tokenizer
 from hf_ext.testing.objective_training import BOS, EOS, MASK, PAD, collate, examples, tiny_model, train
 from hf_ext.testing.tiny_models import build
-from hf_ext.trainer_callbacks.bico import BICO, Mirror
+from hf_ext.trainer_callbacks.bico import BICO
 from hf_ext.trainer_callbacks.denoising import CAUSAL, COLUMN, HIDDEN, SEEN, structure_of
 from hf_ext.trainer_callbacks.documents import Document
+from hf_ext.trainer_callbacks.mirror import Mirror
 
 
 class TestBICO(ObjectiveInProcess):
@@ -117,6 +119,36 @@ def test_causal_documents_are_read_as_without_the_mirror():
         found = model(ids, attention_mask=mask).logits
     difference = float((found - model(ids).logits).abs().max())
     assert difference < 1e-5, f"logits differ by up to {difference:.3g}"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_that_look_back_only_go_the_models_own_way_and_gradients_are_the_same(name, monkeypatch):
+    """Row by row or together, by the formula with its own gradient or by autograd: one result."""
+    kinds = torch.tensor([[SEEN, SEEN, HIDDEN, SEEN, HIDDEN, 0], [1, 1, 1, 1, 1, 1], [SEEN, HIDDEN, SEEN, SEEN, 0, 0]])
+    ids = torch.tensor([[BOS, 10, MASK, 12, MASK, 0], [BOS, 9, 8, 7, 6, 5], [BOS, MASK, 5, 6, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (kinds > 0).long()}
+    found = []
+    for split, by_hand in ((False, True), (False, False), (True, False)):
+        model = build(name).double().train()
+        windows = [adapter.layer_window(layer) for layer in adapter.empty_cache(model).layers]
+        attention = Mirror(Rotary.of(model), windows)
+        attention.begin(batch, (kinds > 1).any(-1) if split else None)
+        mask = masks_for(model, structure_of(kinds, batch))
+        with monkeypatch.context() as patch, intercept(model, attention):
+            if by_hand:
+                patch.setattr("hf_ext.trainer_callbacks.mirror._TwoScores.apply", formula)
+            out = model(ids, attention_mask=mask).logits
+        out[kinds > 0].square().sum().backward()
+        found.append([out.detach()[kinds > 0], *(parameter.grad for parameter in model.parameters())])
+    for other in found[1:]:
+        difference = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(found[0], other, strict=True))
+        assert difference < 1e-5, f"they differ by up to {difference:.3g} of the largest"  # the mirror turns in float32
+
+
+def formula(query, key, ahead_query, ahead_key, value, ahead, seen, scaling):
+    call = {"scaling": scaling}
+    found = torch.where(ahead, scores(ahead_query, ahead_key, call), scores(query, key, call))
+    return attended(probabilities(found, seen, call), value).transpose(1, 2)
 
 
 def test_no_prediction_reads_a_hidden_mask_unless_it_stands_on_it():

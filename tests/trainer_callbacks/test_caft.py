@@ -1,5 +1,6 @@
 """CAFT: its loss by loops, its weights, what it leaves alone, and training through the Trainer."""
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -79,10 +80,17 @@ def test_the_loss_is_that_of_the_definition_with_padding_prompts_and_packed_docu
     with captured(model, objective.states_needed()) as states:
         logits = model(**batch).logits
     # in float32, as the Trainer's own loss is computed
-    total, count = objective.loss_on_hidden(states, logits, targets, TargetEnds(model).logits)
+    ends = TargetEnds(model)
     expected = by_loops(model, objective._heads, batch, targets, documents, [0.35, 0.175, 0.0875])
-    assert int(count) == int((targets != -100).sum())
-    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    slopes = []
+    for shortcut in (None, ends.shortcut):  # with the heads' logits, and a part of them at a time
+        to_logits = functools.partial(ends.logits)
+        to_logits.shortcut = shortcut
+        total, count = objective.loss_on_hidden(states, logits, targets, to_logits)
+        assert int(count) == int((targets != -100).sum())
+        assert float(total) == pytest.approx(float(expected), rel=1e-5)
+        slopes.append(torch.autograd.grad(total, model.model.embed_tokens.weight, retain_graph=True)[0])
+    assert torch.allclose(*slopes, atol=1e-6), f"gradients differ by {float((slopes[0] - slopes[1]).abs().max()):.3g}"
     assert float(expected) > float(functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
 
 

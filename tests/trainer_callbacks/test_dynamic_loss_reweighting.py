@@ -149,7 +149,8 @@ def passes(**changes):
     model, seen = tiny_model(), []
     model.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     options = {"max_steps": 1, **changes}
-    objective = DynamicLossReweighting(temperature=0.2, clean_loss_every=0, warmup_steps=options.pop("warmup", 0))
+    given = {"clean_loss_every": 0, "without_logits": False}  # no probe, no pass of the clean loss
+    objective = DynamicLossReweighting(temperature=0.2, warmup_steps=options.pop("warmup", 0), **given)
     train(model, objective, attached=True, **options)
     return seen
 

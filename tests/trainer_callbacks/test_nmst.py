@@ -16,6 +16,7 @@ from hf_ext.generation.self_terminating import (
 from hf_ext.testing.objective import ObjectiveInProcess
 from hf_ext.testing.objective_training import BOS, EOS, arguments, collate, examples, tiny_model, train
 from hf_ext.trainer_callbacks import SelfTerminating
+from hf_ext.trainer_callbacks.statistics import loss_of_statistics
 
 
 class TestSelfTerminating(ObjectiveInProcess):
@@ -59,6 +60,27 @@ def test_extreme_logits_keep_finite_losses_and_gradients(free, end, epsilon):
         loss.backward()
         assert torch.isfinite(loss), loss
         assert torch.isfinite(logits.grad).all(), logits.grad
+
+
+@pytest.mark.parametrize("free", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("end", [-1e4, -120.0, 0.0, 3.0, 120.0])
+def test_the_loss_of_statistics_is_that_of_the_probabilities(free, end):
+    """Losses and gradients, also where the end has next to all or nothing of the softmax, as target and not."""
+    logits = torch.randn(8, 7, generator=torch.Generator().manual_seed(3)) - 20  # the softmax does not see that
+    logits[:, 2] = end
+    logits.requires_grad_()
+    read, targets = torch.tensor([1, 2, 3, 50, 1, 2, 3, 5000]), torch.tensor([0, 1, 3, 6, 2, 2, 2, 2])
+    expected = -self_terminating(logits, read, 2, 0.01, free)[torch.arange(8), targets].sum()
+    (slope,) = torch.autograd.grad(expected, logits)
+    ours = SelfTerminating(epsilon=0.01, eos_token_id=2, free=free)
+    ours.setup(None, None, None)
+    ours._inputs = {"input_ids": torch.zeros(8, 1), "position_ids": read[:, None] - 1}
+    found, count, _ = loss_of_statistics(ours, None, logits[:, None], targets[:, None], {})
+    (given,) = torch.autograd.grad(found, logits)
+    assert int(count) == 8
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    difference = float((given - slope).abs().max())
+    assert difference < 2e-6, f"gradients differ by up to {difference:.3g}"
 
 
 def test_with_the_softmax_only_ends_have_another_gradient_than_plain_training():
@@ -204,7 +226,9 @@ def test_the_loss_is_the_likelihood_of_the_texts_and_padding_has_no_position(lef
     ours.setup(model, None, arguments("out"))
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions).logits
-    found, number = ours.token_loss(logits, targets)
+    found, number, plain = loss_of_statistics(ours, None, logits, targets, {})
+    expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert float(plain) == pytest.approx(float(expected.detach()), rel=1e-5), "what clean_loss is made of"
     assert int(number) == count
     assert float(found.detach()) == pytest.approx(total, rel=1e-5)
 

@@ -5,14 +5,23 @@ from typing import ClassVar
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback
 
 from hf_ext.testing.example_objectives import Focal
 from hf_ext.testing.objective import ONE_GRADIENT
 from hf_ext.testing.objective_processes import with_lora
-from hf_ext.testing.objective_training import collate, examples, largest_difference, logged, train, weights
+from hf_ext.testing.objective_training import (
+    arguments,
+    collate,
+    examples,
+    largest_difference,
+    logged,
+    train,
+    weights,
+)
 from hf_ext.testing.tiny_models import build
 from hf_ext.trainer_callbacks import Objective
-from hf_ext.trainer_callbacks.statistics import PlainHead
+from hf_ext.trainer_callbacks.plain_head import PlainHead
 
 
 @dataclass(eq=False)
@@ -35,6 +44,13 @@ class Everything(Objective):
         return (total * (1 + right + self.rows)).sum(), torch.as_tensor(len(targets))
 
 
+@dataclass(eq=False)
+class ByAutograd(Everything):
+    """The same in one piece, whose gradients autograd finds."""
+
+    additive: ClassVar[bool] = False
+
+
 def gemma2():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -46,7 +62,7 @@ def gemma2():
     return model
 
 
-def trained(name, *, bf16=False, **options):
+def trained(name, *, bf16=False, objective=Everything, **options):
     model = gemma2() if name == "gemma2" else build(name)
     before = weights(model)
     vocabulary = model.config.get_text_config().vocab_size
@@ -54,18 +70,20 @@ def trained(name, *, bf16=False, **options):
         {key: [value if value < 0 else value % vocabulary for value in row[key]] for key in ("input_ids", "labels")}
         for row in examples(16)
     ]
-    trainer = train(model, Everything(**options), collator=lambda _: collate(rows[:8]), bf16=bf16, **ONE_GRADIENT)
+    trainer = train(model, objective(**options), collator=lambda _: collate(rows[:8]), bf16=bf16, **ONE_GRADIENT)
     after = weights(model)
     return {key: before[key] - after[key] for key in before}, trainer
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "qwen3", "mistral"])
 def test_without_logits_loss_and_gradients_are_those_with_logits(name):
-    (there, one), (here, other) = trained(name), trained(name, without_logits=True)
-    difference = largest_difference(there, here)
-    assert difference < 2e-6, f"gradients differ by up to {difference:.3g}"
-    for what in ("loss", "clean_loss"):
-        assert logged(one, what) == pytest.approx(logged(other, what), abs=1e-5)
+    there, one = trained(name, objective=ByAutograd, without_logits=False)
+    for without in (True, False):
+        here, other = trained(name, without_logits=without)
+        difference = largest_difference(there, here)
+        assert difference < 2e-6, f"without_logits={without}: gradients differ by up to {difference:.3g}"
+        for what in ("loss", "clean_loss"):
+            assert logged(one, what) == pytest.approx(logged(other, what), abs=1e-5)
 
 
 def test_the_probe_finds_soft_capping_and_scales():
@@ -82,7 +100,8 @@ def test_the_probe_finds_soft_capping_and_scales():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_under_autocast_the_gradient_is_close_to_that_with_logits(name):
-    (there, one), (here, other) = trained(name, bf16=True), trained(name, bf16=True, without_logits=True)
+    there, one = trained(name, bf16=True, objective=ByAutograd, without_logits=False)
+    here, other = trained(name, bf16=True, without_logits=True)
     both = [torch.cat([value.flatten() for value in gradient.values()]) for gradient in (there, here)]
     assert float(torch.cosine_similarity(*both, dim=0)) > 0.99
     assert logged(one, "loss") == pytest.approx(logged(other, "loss"), rel=2e-2)
@@ -90,8 +109,9 @@ def test_under_autocast_the_gradient_is_close_to_that_with_logits(name):
 
 def test_no_logits_are_built():
     model, shapes = build("llama"), []
+    objective = Everything(without_logits=True, clean_loss_every=1)
     hook = model.get_output_embeddings().register_forward_hook(lambda *given: shapes.append(tuple(given[-1].shape)))
-    train(model, Everything(without_logits=True, clean_loss_every=1), max_steps=2)
+    train(model, objective, max_steps=2)
     hook.remove()
     assert {shape[1] for shape in shapes[1:]} == {0}, shapes  # the first is the probe, over eight tokens
     assert not model.model._forward_hooks
@@ -108,7 +128,53 @@ def test_what_has_no_plain_head_is_refused_with_what_to_do():
     assert PlainHead(with_lora(build("llama"))).scale == 1.0
 
 
-def test_few_targets_and_many_give_the_same_statistics():
+def shapes_of_the_head(tmp_path, *, cls=Trainer, model=None, hook=False, **options):
+    """Train one step and return what the objective said it installed, and how long the head's outputs were."""
+    model, shapes, said = model or build("llama"), set(), []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            said.extend(objective.installed())
+            if not hook:
+                base = model.get_base_model() if hasattr(model, "get_base_model") else model
+                base.get_output_embeddings().register_forward_hook(lambda *given: shapes.add(given[-1].shape[1]))
+
+    if hook:
+        model.lm_head.register_forward_hook(lambda *given: shapes.add(given[-1].shape[1]))
+    objective = Everything(clean_loss_every=0)
+    given = {**options, "max_steps": 1}
+    trainer = cls(model, arguments(tmp_path, **given), train_dataset=examples(8), data_collator=collate,
+                  callbacks=[objective, Look()])  # fmt: skip
+    trainer.train()
+    return said, shapes
+
+
+class ReadsLogits(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.certain = outputs.logits.softmax(-1).amax(-1).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_logits_are_left_out_by_themselves_where_nobody_else_reads_them(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    said, shapes = shapes_of_the_head(tmp_path)
+    assert shapes == {0}, said
+    said, shapes = shapes_of_the_head(tmp_path, model=with_lora(build("llama")))
+    assert shapes == {0}, said
+    saved = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    for expected, given in (
+        ("ReadsLogits.compute_loss may read them", {"cls": ReadsLogits}),
+        ("a ModulesToSaveWrapper as its head", {"model": saved}),
+        ("a hook on its head may read them", {"hook": True}),
+    ):
+        said, shapes = shapes_of_the_head(tmp_path, **given)
+        assert any(expected in line for line in said), said
+        assert min(shapes) > 0, shapes
+
+
+def test_few_targets_and_many_give_the_same_statistics(monkeypatch):
     """Where most positions have no target the logits are selected first; the result is no other."""
     from hf_ext.trainer_callbacks.statistics import loss_of_statistics
 
@@ -120,6 +186,7 @@ def test_few_targets_and_many_give_the_same_statistics():
             seen.append((statistics, targets, self.rows))
             return super().statistics_loss(statistics, targets, **extra)
 
+    monkeypatch.setattr(Looks, "additive", False)
     objective = Looks()
     objective.setup(build("llama"), None, None)
     vocabulary = len(objective.table())
@@ -145,7 +212,8 @@ def test_in_parts_or_as_a_whole_the_loss_is_the_same(additive, monkeypatch):
     """With pieces of five targets, gradients are those of the loss on all of them."""
     monkeypatch.setattr(Everything, "additive", additive)
     monkeypatch.setattr("hf_ext.kernels.linear_loss.rows_at_a_time", lambda *_: 5)
-    (there, one), (here, other) = trained("llama"), trained("llama", without_logits=True)
+    there, one = trained("llama", objective=ByAutograd, without_logits=False)
+    here, other = trained("llama", without_logits=True)
     difference = largest_difference(there, here)
     assert difference < 2e-6, f"gradients differ by up to {difference:.3g}"
     assert logged(one, "loss") == pytest.approx(logged(other, "loss"), abs=1e-5)
