@@ -5,8 +5,8 @@ name`. A third of the facts is told in the first order, a third in the second, a
 names and descriptions occur in either role and a model can learn that the two orders mean the same. Tested are
 the first two thirds: in the order told (forward), and in the other one, never seen (reversed).
 
-A model of two layers is trained from random weights on these facts alone. The settings were chosen with a
-seed that is not judged.
+A model of two layers is trained from random weights on these facts alone. The settings were chosen with
+seeds that are not judged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from hf_ext.verify import Claim, Measurement, Threshold
 
 PAPER = "BICO (arXiv:2311.07468)"
 DATA = "Synthetic facts"
-SEEDS = (1, 2, 3)
-STEPS, ROWS, RATE = 1000, 32, 3e-3
+SEEDS = (4, 5, 6)
+#: An update sees as many sentences as there are: few of them at a time give reversal with some seeds only.
+STEPS, ROWS, RATE, DECAY = 400, 160, 3e-3, 0.3
 FACTS = 40  # of each kind
 BOS, EOS, MASK, IS, FIRST = 1, 2, 3, 4, 5
 VOCABULARY = FIRST + 2 * 3 * FACTS
@@ -72,9 +73,9 @@ def accuracies(kind: str, seed: int) -> tuple[float, float]:
     callbacks = [] if kind == "next-token" else [BICO(mask_token=MASK, mirror=kind == "BICO", clean_loss_every=0)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args = TrainingArguments(
-            folder, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=RATE, warmup_steps=20, seed=seed,
-            logging_strategy="no", save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
-            dataloader_pin_memory=False,
+            folder, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=RATE, weight_decay=DECAY,
+            lr_scheduler_type="constant_with_warmup", warmup_steps=20, seed=seed, logging_strategy="no",
+            save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         Trainer(model, args, train_dataset=told, data_collator=collate, callbacks=callbacks).train()
     return right(model, forward), right(model, backward)

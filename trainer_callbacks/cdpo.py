@@ -99,11 +99,12 @@ class CDPO(Objective):
         beta: weight of the contrast; the paper takes 1.
         strength: rejected tokens weigh `1 - strength * s`; 0 is DPO, bit for bit, and asks neither model.
         weigh_chosen: also weigh the chosen tokens, by `1 - strength * (1 - s)`, an option of the released code.
-        clean_loss_every: without effect: pairs have no next-token loss.
+        clean_loss_every: how often the loss of DPO itself (the logistic one, reverse KL) is measured on the same
+            pairs, see `Objective`; it is logged as `dpo_loss` and costs nothing.
 
     Raises:
         ValueError: options are out of range; in training, the trainer is no DPOTrainer, it precomputes the
-            reference's sums, or an adapter is not there.
+            reference's sums or weighs by WPO, or an adapter is not there.
 
     Source:
         "Critical Tokens Matter: Token-Level Contrastive Estimation Enhances LLM's Reasoning Capability"
@@ -157,6 +158,8 @@ class CDPO(Objective):
                 f"{self.name} weighs the tokens of the reference as well, so their sums cannot be precomputed: drop "
                 "precompute_ref_log_probs=True"
             )
+        if getattr(args, "use_weighting", False):
+            raise ValueError(f"{self.name} and WPO both weigh the log-probabilities: drop use_weighting=True")
         for name in ("positive", "negative"):
             value = getattr(self, name)
             if isinstance(value, nn.Module):
@@ -181,13 +184,16 @@ class CDPO(Objective):
                 f"{self.name} weighs the tokens of pairs in TRL's DPOTrainer, but this {type(trainer).__name__} has "
                 f"batches of {', '.join(inputs)}: use attach(DPOTrainer(...), CDPO(...))"
             )
-        if self.strength == 0:
-            return compute(model, inputs, num_items_in_batch=num_items_in_batch)
         bare = trainer.accelerator.unwrap_model(model)
-        weights = self.token_weights(bare, inputs)
+        weights = self.token_weights(bare, inputs) if self.strength else None
         read = [bare, *([trainer.accelerator.unwrap_model(trainer.ref_model)] if trainer.ref_model is not None else [])]
-        with _weighted(read, weights):
-            return compute(model, inputs, num_items_in_batch=num_items_in_batch)
+        with _weighted(read, weights) as plain:
+            loss: Tensor = compute(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self.clean_loss_due():
+            policy, reference = plain
+            chosen, rejected = (policy - reference).chunk(2)
+            self.record("dpo_loss", -functional.logsigmoid(trainer.beta * (chosen - rejected)).sum(), len(chosen))
+        return loss
 
     def token_weights(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Return the weight of every token but the first: (pairs of chosen, then pairs of rejected, length - 1)."""
@@ -230,16 +236,29 @@ def _adapter(model: Any, source: nn.Module | str) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def _weighted(models: list[nn.Module], weights: Tensor) -> Iterator[None]:
-    """Multiply the log-probabilities that TRL's fused heads return by weights, as long as the block runs."""
+def _weighted(models: list[nn.Module], weights: Tensor | None) -> Iterator[list[Tensor]]:
+    """Multiply the log-probabilities that TRL's fused heads return by weights, as long as the block runs.
+
+    Args:
+        models: whose heads.
+        weights: (rows, length - 1); None changes nothing.
+
+    Yields:
+        The sums of the log-probabilities as they were, (rows,), one entry a pass.
+    """
+    plain: list[Tensor] = []
 
     def weigh(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if getattr(output, "log_probs", None) is None:
             raise RuntimeError("this version of TRL's DPOTrainer does not return log-probabilities of tokens")
-        output.log_probs = output.log_probs[:, -weights.shape[1] :] * weights.to(output.log_probs)
+        if weights is not None:
+            output.log_probs = output.log_probs[:, -weights.shape[1] :]
+        plain.append(output.log_probs.detach().float().sum(-1))
+        if weights is not None:
+            output.log_probs = output.log_probs * weights.to(output.log_probs)
         return output
 
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.callback(model.register_forward_hook(weigh, with_kwargs=True).remove)
-        yield
+        yield plain

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hf_ext.testing import objective_launch as launching
-from hf_ext.testing.objective_base import ONE_GRADIENT, SPLIT_TOLERANCE, TRAINER_PARTS, installed_parts
+from hf_ext.testing.objective_base import ONE_GRADIENT, SPLIT_TOLERANCE, installed_parts
 from hf_ext.testing.objective_forms import OtherForms
 from hf_ext.testing.objective_libraries import WithLibraries
 from hf_ext.testing.objective_on_trainer import OnTrainer
@@ -23,7 +23,6 @@ from hf_ext.testing.objective_on_trainer import OnTrainer
 __all__ = [
     "ONE_GRADIENT",
     "SPLIT_TOLERANCE",
-    "TRAINER_PARTS",
     "ObjectiveConformance",
     "ObjectiveInProcess",
     "installed_parts",

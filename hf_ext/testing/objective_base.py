@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ext.testing import objective_processes as processes
-from hf_ext.testing.objective_training import logged, tiny_model, train, weights
+from hf_ext.testing.objective_training import collate, examples, logged, tiny_model, train, weights
 from hf_ext.trainer_callbacks import Objective
 
 #: One SGD step of rate 1 without clipping, after which the weights have moved by the gradient.
@@ -34,6 +34,10 @@ class ObjectiveSuite:
     attached: ClassVar[bool] = False
     attached_sft: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = {}
+    #: what the plain loss of the same batch is logged as
+    plain_loss: ClassVar[str] = "clean_loss"
+    #: what any Trainer of the kind leaves on a model, with or without an objective
+    trainer_parts: ClassVar[frozenset[str]] = frozenset({"_is_accelerate_prepared"})
 
     def make(self, **changes: Any) -> Objective:
         """Build the objective under test."""
@@ -46,6 +50,11 @@ class ObjectiveSuite:
     def run(self, model: nn.Module, objective: Objective | None, **changes: Any) -> Trainer:
         """Train as `hf_ext.testing.objective_training.train` does, attached if the class says so."""
         return train(model, objective, **{"attached": self.attached, **changes})
+
+    def evaluate_plainly(self, model: nn.Module, args: TrainingArguments) -> float:
+        """Return the `eval_loss` of a model under the same trainer without an objective."""
+        trainer = Trainer(model=model, args=args, eval_dataset=examples(8, seed=1), data_collator=collate)
+        return trainer.evaluate()["eval_loss"]
 
     def gradient(self, model: nn.Module, objective: Objective | None, **changes: Any) -> tuple[dict, float]:
         """Return the gradient of one optimizer step and the logged loss; of what trains alone."""
@@ -66,10 +75,6 @@ class ObjectiveSuite:
             model = processes.with_lora(self.model()) if adapters else self.model()
             _WHOLE[key] = self.gradient(model, self.make())
         return _WHOLE[key]
-
-
-#: What any Trainer leaves on a model, with or without an objective.
-TRAINER_PARTS = frozenset({"_is_accelerate_prepared"})
 
 
 def installed_parts(model: nn.Module) -> dict[str, set[str]]:

@@ -96,21 +96,22 @@ def module_of(file: str | Path) -> Any:
     return sys.modules[name]
 
 
-def suites_in(files: Iterable[Path], base: type, but: type | None = None) -> list[type]:
+def suites_in(files: Iterable[Path], *bases: type, but: type | None = None) -> list[type]:
     """Return the conformance classes that test files define at their top level, in order.
 
     Args:
-        files: those that do not name `base` are not imported.
-        base: of the classes.
+        files: those that name none of the bases are not imported.
+        *bases: of the classes.
         but: leave out subclasses of this one.
     """
     found = []
     for file in sorted(files):
-        if base.__name__ not in file.read_text(encoding="utf-8"):
+        text = file.read_text(encoding="utf-8")
+        if not any(base.__name__ in text for base in bases):
             continue
         module = module_of(file)
         for value in vars(module).values():
-            mine = isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+            mine = isinstance(value, type) and issubclass(value, bases) and value.__module__ == module.__name__
             if mine and value.__name__.startswith("Test") and not (but and issubclass(value, but)):
                 found.append(value)
     return found
@@ -160,7 +161,7 @@ def launch(cases: Sequence[Case], folder: Path, adapters: Sequence[Case] = ()) -
 
 
 def results(case: Case, mode: str, folder: Path) -> list[dict[str, Any]]:
-    """Return what the two processes saved of a case: `weights`, `loss` and `clean_loss`, or an `error`."""
+    """Return what the two processes saved of a case: `weights`, `loss` and the plain loss, or an `error`."""
     return [torch.load(folder / f"{case.id}-{mode}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -188,7 +189,7 @@ def compare(suite: Any, mode: str, folder: Path) -> None:
     assert between == 0, f"under {mode} the processes' weights differ by up to {between:.3g}"
     difference = largest_difference(found[0]["weights"], alone)
     assert difference <= TOLERANCE, f"two processes under {mode} and one differ by up to {difference:.3g}"
-    for name in ("loss", "clean_loss"):
+    for name in ("loss", suite.plain_loss):
         here, there = logged(trainer, name), found[0][name]
         assert len(here) == len(there), f"{name} is logged {len(there)} times under {mode}, {len(here)} times by one"
         worst = max((abs(a - b) for a, b in zip(here, there, strict=True)), default=0.0)
@@ -250,7 +251,7 @@ def _train(case: Case, mode: str, folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"expected two processes under {mode}, got {trainer.accelerator.state!r}")
     trainer.save_model(str(folder / f"{case.id}-{mode}"))
     found = gathered(trainer.model)
-    return {"weights": found, "loss": logged(trainer, "loss"), "clean_loss": logged(trainer, "clean_loss")}
+    return {"weights": found} | {name: logged(trainer, name) for name in ("loss", suite.plain_loss)}
 
 
 def main(argument: str) -> None:

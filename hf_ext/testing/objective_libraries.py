@@ -32,7 +32,7 @@ class WithLibraries(ObjectiveSuite):
             after = dict(model.named_parameters())
             gradients.append({name: before[name] - after[name].detach() for name in before})
             assert all((base[name] == after[name]).all() for name in base), "LoRA training changed base weights"
-            assert logged(trainer, "clean_loss"), "no clean_loss under LoRA"
+            assert logged(trainer, self.plain_loss), f"no {self.plain_loss} under LoRA"
         difference = largest_difference(*gradients)
         assert difference <= SPLIT_TOLERANCE, f"adapter gradients differ by up to {difference:.3g}"
         assert any(bool(value.any()) for value in gradients[0].values()), "the adapters did not train"

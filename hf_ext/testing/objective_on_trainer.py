@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
 
-from hf_ext.testing.objective_base import SPLIT_TOLERANCE, TRAINER_PARTS, ObjectiveSuite, installed_parts
+from hf_ext.testing.objective_base import SPLIT_TOLERANCE, ObjectiveSuite, installed_parts
 from hf_ext.testing.objective_training import collate, examples, largest_difference, logged, weights
 from hf_ext.trainer_callbacks.clean_loss import next_token_loss, shifted_targets
 
@@ -49,8 +48,7 @@ class OnTrainer(ObjectiveSuite):
         trainer = self.run(model, self.make(), max_steps=1, eval_strategy="steps", eval_steps=1)
         untouched = self.model()  # the trained instance may still carry what a broken objective left on it
         untouched.load_state_dict(model.state_dict())
-        plain = Trainer(model=untouched, args=trainer.args, eval_dataset=examples(8, seed=1), data_collator=collate)
-        here, there = logged(trainer, "eval_loss")[0], plain.evaluate()["eval_loss"]
+        here, there = logged(trainer, "eval_loss")[0], self.evaluate_plainly(untouched, trainer.args)
         assert abs(here - there) <= 1e-6, f"eval_loss is {here} under the objective, {there} without it"
 
     def test_clean_loss_is_the_next_token_loss_on_the_uncorrupted_batch(self) -> None:
@@ -91,7 +89,7 @@ class OnTrainer(ObjectiveSuite):
         again = self.run(resumed, self.make(), folder=tmp_path / "again", resume=checkpoint, **options)
         difference = largest_difference(weights(model), weights(resumed))
         assert difference == 0, f"weights differ by up to {difference:.3g}"
-        for name in ("loss", "clean_loss"):
+        for name in ("loss", self.plain_loss):
             assert logged(trainer, name) == logged(again, name), f"{name} differs after the resume"
 
     def test_gradient_checkpointing_sees_the_same_batch(self) -> None:
@@ -136,7 +134,7 @@ class OnTrainer(ObjectiveSuite):
             assert objective.installed(), "a plain callback is not told of the failure, so hooks should still be there"
             objective.remove()
         left = {name: parts - before[name] for name, parts in installed_parts(model).items()}
-        assert not any(parts - TRAINER_PARTS for parts in left.values()), left
+        assert not any(parts - self.trainer_parts for parts in left.values()), left
 
     def test_description_is_plain_data_with_all_options(self) -> None:
         """`describe()` goes into JSON and names every option that was set."""

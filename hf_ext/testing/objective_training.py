@@ -72,8 +72,10 @@ def collate_left(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Ten
     }
 
 
-def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
-    """Build arguments for a few full-precision CPU steps over one batch of 8 rows each."""
+def arguments(
+    folder: Path | str, kind: type[TrainingArguments] = TrainingArguments, **changes: Any
+) -> TrainingArguments:
+    """Build arguments for a few full-precision CPU steps over one batch of 8 rows each; `kind` is their class."""
     values = {
         "output_dir": str(folder),
         "max_steps": 2,
@@ -89,7 +91,7 @@ def arguments(folder: Path | str, **changes: Any) -> TrainingArguments:
         "dataloader_pin_memory": False,
         **changes,
     }
-    return TrainingArguments(**values)
+    return kind(**values)
 
 
 def train(

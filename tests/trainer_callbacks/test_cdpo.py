@@ -1,6 +1,6 @@
-"""cDPO: scores and loss by hand, and what it does to TRL's own DPOTrainer."""
+"""cDPO: scores and loss by hand, the suite of objectives on pairs, and what it does to TRL's own DPOTrainer."""
 
-import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,9 +8,8 @@ from torch.nn import functional
 from transformers import Trainer
 
 from hf_ext.testing.objective import installed_parts
-from hf_ext.testing.objective_processes import tiny_tokenizer
+from hf_ext.testing.objective_preferences import BETA, PreferencesInProcess, dpo_trainer
 from hf_ext.testing.objective_training import (
-    VOCABULARY,
     arguments,
     collate,
     examples,
@@ -22,64 +21,18 @@ from hf_ext.testing.objective_training import (
 from hf_ext.trainer_callbacks import CDPO, attach
 from hf_ext.trainer_callbacks.cdpo import contrastive_scores, critical_scores, weighted_dpo_loss
 
-BETA = 0.5
 MODELS = {"positive": tiny_model(seed=8), "negative": tiny_model(seed=9)}
 
 
-def pairs(count=8, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-
-    def words(low, high):
-        length = int(torch.randint(low, high, (), generator=draw))
-        return " ".join(f"w{int(t)}" for t in torch.randint(5, VOCABULARY, (length,), generator=draw))
-
-    return [
-        {"prompt": f"w1 {words(2, 5)}", "chosen": f" {words(2, 7)} w2", "rejected": f" {words(2, 7)} w2"}
-        for _ in range(count)
-    ]
+class TestCDPO(PreferencesInProcess):
+    objective = CDPO
+    options: ClassVar = MODELS
+    null_options: ClassVar = {**MODELS, "strength": 0.0}
 
 
 def trainer(model, objective, folder, **changes):
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    values = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 0.5,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "beta": BETA,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "seed": 7,
-        "dataloader_pin_memory": False,
-        "disable_dropout": False,
-        **changes,
-    }
-    built = DPOTrainer(
-        model=model,
-        ref_model=None if hasattr(model, "peft_config") else tiny_model(),
-        args=DPOConfig(output_dir=str(folder), **values),
-        train_dataset=Dataset.from_list(pairs()),
-        eval_dataset=Dataset.from_list(pairs(4, seed=1)),
-        processing_class=tiny_tokenizer(),
-    )
-    return built if objective is None else attach(built, objective)
-
-
-def trained(folder, objective, model=None, **changes):
-    model = model or tiny_model(attention_dropout=0.2)
-    done = trainer(model, objective, folder, **changes)
-    done.train()
-    return done, weights(model)
+    args = TestCDPO().arguments(folder, **{"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, **changes})
+    return attach(dpo_trainer(model, args), objective)
 
 
 def test_scores_are_the_normalised_ratio_of_powers():
@@ -124,25 +77,19 @@ def test_the_sum_comes_before_the_logistic_loss():
         assert bool(torch.allclose(before, after)) is equal
 
 
-def test_at_zero_strength_the_trainer_is_dpo_bit_for_bit(tmp_path):
-    (first, ours), (second, plain) = (
-        trained(tmp_path, objective) for objective in (CDPO(**MODELS, strength=0.0), None)
-    )
-    assert largest_difference(ours, plain) == 0
-    assert logged(first, "loss") == logged(second, "loss")
-
-
-def test_with_uniform_weights_the_trainer_is_dpo(tmp_path):
+def test_with_uniform_weights_the_trainer_is_dpo():
     """Models that give every token no chance: the weights go through the hooks and are all 1."""
 
     class Uniform(CDPO):
         def _scores(self, model, batch):
             return torch.zeros(len(batch["input_ids"]), batch["input_ids"].shape[1] - 1)
 
-    (first, ours), (second, plain) = (trained(tmp_path, objective) for objective in (Uniform(**MODELS), None))
-    assert largest_difference(ours, plain) == 0
+    suite, models = TestCDPO(), [tiny_model(attention_dropout=0.2) for _ in range(2)]
+    first, second = (suite.run(model, one) for model, one in zip(models, (Uniform(**MODELS), None), strict=True))
+    assert largest_difference(*map(weights, models)) == 0
     assert logged(first, "rewards/margins") == logged(second, "rewards/margins")
     assert logged(first, "rejected_weight") == [1, 1]
+    assert logged(first, "dpo_loss") == pytest.approx(logged(second, "loss"), abs=1e-6)
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -165,36 +112,15 @@ def test_the_trainers_loss_is_the_pure_function_of_token_log_ratios(tmp_path, bo
     targets, counted = ids[:, 1:], inputs["completion_mask"][:, 1:]
     ratios = torch.zeros(targets.shape)
     with torch.no_grad():
-        for sign, model in ((1, policy), (-1, tiny_model())):
+        for sign, model in ((1, policy), (-1, tiny_model(seed=5))):
             found = model.eval()(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
             ratios += sign * found.gather(-1, targets[..., None])[..., 0] * counted
     scores = critical_scores(MODELS["positive"], MODELS["negative"], {"input_ids": ids, "attention_mask": mask})
     chosen = ratios[:8] * scores[:8] if both else ratios[:8]
     expected = float(weighted_dpo_loss(chosen, ratios[8:], 1 - scores[8:], BETA).mean())
     assert logged(built, "loss")[1] == pytest.approx(expected, abs=1e-5)
-    assert logged(built, "loss")[0] == pytest.approx(0.6931, abs=1e-4)
     share = float(((1 - scores[8:]) * counted[8:]).sum() / counted[8:].sum())
     assert logged(built, "rejected_weight")[1] == pytest.approx(share, abs=1e-5)
-
-
-def test_gradients_do_not_depend_on_how_the_batch_is_split(tmp_path):
-    found = []
-    for parts in (1, 4):
-        split = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
-        found.append(trained(tmp_path, CDPO(**MODELS), tiny_model(), **split)[1])
-    difference = largest_difference(*found)
-    assert difference < 1e-5, f"weights differ by {difference:.3g}"
-    plain = trained(tmp_path, None, tiny_model(), per_device_train_batch_size=8)[1]
-    assert largest_difference(found[0], plain) > 1e-4, "it trains what DPO trains"
-
-
-def test_evaluation_is_that_of_dpo(tmp_path):
-    model = tiny_model()
-    done, _ = trained(tmp_path, CDPO(**MODELS), model, eval_strategy="steps", eval_steps=1, max_steps=1)
-    untouched = tiny_model()  # the trained instance may still carry what a broken objective left on it
-    untouched.load_state_dict(model.state_dict())
-    plain = trainer(untouched, None, tmp_path)
-    assert logged(done, "eval_loss")[0] == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
 
 
 def with_adapters():
@@ -241,11 +167,6 @@ def test_nothing_is_left_on_the_models(tmp_path):
         assert not [hook for parts in left.values() for hook in parts if "hook" in hook], left
 
 
-def test_the_description_is_plain_data():
-    described = json.loads(json.dumps(CDPO(**MODELS).describe()))
-    assert described["options"]["positive"] == "LlamaForCausalLM"
-
-
 def test_other_trainers_are_refused_with_the_remedy(tmp_path):
     built = Trainer(tiny_model(), arguments(tmp_path), train_dataset=examples(8), data_collator=collate)
     with pytest.raises(ValueError, match=r"this Trainer has batches of .*use attach\(DPOTrainer"):
@@ -259,6 +180,9 @@ def test_what_cannot_be_weighed_is_refused(tmp_path):
     args = arguments(tmp_path)
     args.precompute_ref_log_probs = True
     with pytest.raises(ValueError, match="drop precompute_ref_log_probs=True"):
+        CDPO(**MODELS).setup(tiny_model(), None, args)
+    args.precompute_ref_log_probs, args.use_weighting = False, True
+    with pytest.raises(ValueError, match="drop use_weighting=True"):
         CDPO(**MODELS).setup(tiny_model(), None, args)
     with pytest.raises(ValueError, match="is no adapter of the model that trains, which has no adapters"):
         CDPO(positive="right", negative="wrong").setup(tiny_model(), None, arguments(tmp_path))

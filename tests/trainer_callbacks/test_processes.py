@@ -11,14 +11,15 @@ import torch
 from hf_ext import plugins
 from hf_ext.testing import objective_launch as launching
 from hf_ext.testing.objective import ObjectiveConformance, ObjectiveInProcess
+from hf_ext.testing.objective_preferences import PreferencesInProcess
 from hf_ext.testing.objective_processes import DESCENT
 from hf_ext.testing.objective_training import logged, weights
 from hf_ext.trainer_callbacks import Objective
 
 # those that run `ObjectiveConformance` start processes of their own
-#: On TRL's DPOTrainer only, whose pairs of answers the suite does not have; their own tests make these checks.
-ON_ANOTHER_TRAINER = {"cdpo"}
-SUITES = launching.suites_in(Path(__file__).parent.glob("test_*.py"), ObjectiveInProcess, but=ObjectiveConformance)
+SUITES = launching.suites_in(
+    Path(__file__).parent.glob("test_*.py"), ObjectiveInProcess, PreferencesInProcess, but=ObjectiveConformance
+)
 #: One of each kind: a change of the batch, a loss, a step. What adapters and FSDP do together is the engine's affair.
 WITH_ADAPTERS = [suite for suite in SUITES if suite.__name__ in ("TestCorruption", "TestTokenLossAttached", "TestStep")]
 
@@ -75,8 +76,7 @@ def test_saved_model_loads_without_hf_ext(suite, loaded):
 
 
 def test_every_registered_objective_runs_the_suite():
-    names = {plugin.name for plugin in plugins.all("objective")} - ON_ANOTHER_TRAINER
-    registered = {name: plugins.get(name).load() for name in sorted(names)}
+    registered = {plugin.name: plugins.get(plugin.name).load() for plugin in plugins.all("objective")}
     ours = {name: cls for name, cls in registered.items() if cls.__module__.startswith("hf_ext.")}
     tested = {suite.objective for suite in SUITES}
     missing = [
