@@ -12,7 +12,7 @@ from hf_ext.cli.output import print_json, print_report, quiet
 Name = Annotated[str, typer.Argument(help="A plugin of the kind model or strategy.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="For an architecture: folder or Hub id of the checkpoint; fresh weights without."),
+    typer.Option(help="For an architecture: the folder of its checkpoint; fresh weights without."),
 ]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Load the result in a process without hf_ext.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]

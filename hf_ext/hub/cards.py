@@ -61,13 +61,17 @@ print(tokenizer.decode(outputs[0], skip_special_tokens=True))
     return _compose(plugin, sections, tags=("custom_generate", "transformers"))
 
 
-def model_card(plugin: Plugin, auto_class: str, repo_id: str) -> str:
+def model_card(plugin: Plugin, auto_class: str, repo_id: str, own_weights: bool) -> str:
     """Return the card of an architecture.
+
+    Its metadata has no results, which were measured with other weights. The licence of the plugin's
+    card is that of the code.
 
     Args:
         plugin: the architecture's plugin.
         auto_class: the class that loads it, such as `"AutoModelForCausalLM"`.
         repo_id: what the example calls the repository.
+        own_weights: the weights are the user's, whose licence only the user knows.
     """
     example = f"""\
 ```python
@@ -75,7 +79,12 @@ from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)
 ```"""
-    return _compose(plugin, {"Example usage": example}, tags=("custom_code", "transformers"))
+    card = ModelCard(_compose(plugin, {"Example usage": example}, tags=("custom_code", "transformers")))
+    card.data.eval_results = None
+    if own_weights and card.data.license:
+        licence, card.data.license = card.data.license, None
+        card.text += f"\n## License\n\nThe code is under {licence}; that says nothing about the weights.\n"
+    return str(card)
 
 
 def _compose(plugin: Plugin, sections: dict[str, str], tags: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -135,7 +136,9 @@ def _refuse_to_lose(target: Path, overwrite: bool) -> None:
         raise ExportError(
             f"cannot write {target}: the folder is not empty; name a new one, or pass overwrite=True (--overwrite)"
         )
-    ours = (target / "custom_generate" / "generate.py").is_file() or (target / "config.json").is_file()
+    # The tags that every export has; a config.json alone may be that of a checkpoint that somebody trained.
+    card = target / "README.md"
+    ours = card.is_file() and re.search(r"^- custom_(generate|code)$", card.read_text("utf-8", "replace"), re.MULTILINE)
     if not ours or (target / ".git").exists():
         what = "is a git checkout" if (target / ".git").exists() else "holds something other than an earlier export"
         raise ExportError(f"cannot overwrite {target}: the folder {what}; name another one")

@@ -65,7 +65,8 @@ def write_model(plugin: Plugin, folder: Path, repo_id: str, model: PreTrainedMod
             for file in Path(model).glob(pattern):
                 shutil.copy(file, folder)
     auto_class = next((auto for auto in heads if places[auto][1] == type(live).__name__), heads[0])
-    (folder / "README.md").write_text(cards.model_card(plugin, auto_class, repo_id), encoding="utf-8")
+    card = cards.model_card(plugin, auto_class, repo_id, own_weights=model is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _model(plugin: Plugin, heads: list[str], model: PreTrainedModel | str | Path | None) -> PreTrainedModel:

@@ -115,7 +115,11 @@ def test_an_exported_architecture_loads_without_hf_ext_with_the_same_weights(tmp
     assert auto_map["AutoConfig"] == "configuration_swan_gpt.SwanGPTConfig"
     source = Path(__file__).parents[2] / "modeling" / "swan_gpt"
     assert (folder / "modeling_swan_gpt.py").read_text() == (source / "modeling_swan_gpt.py").read_text()
-    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+    card = ModelCard((folder / "README.md").read_text())
+    assert "trust_remote_code=True" in card.text
+    assert card.data.license is None, "nobody told the licence of these weights"
+    assert "The code is under apache-2.0" in card.text
+    assert "model-index" not in card.content, "the results are those of other weights"
     again = SwanGPTForCausalLM.from_pretrained(folder)
     for name, tensor in swan.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -167,9 +171,10 @@ def test_a_folder_with_files_is_left_alone_unless_it_is_an_export_and_overwritin
 
     other = tmp_path / "other"
     other.mkdir()
-    (other / "thesis.txt").write_text("x")
-    with pytest.raises(ExportError, match="something other than an earlier export"):
-        hub.export("contrastive-search", other, check=False, overwrite=True)
+    for name in ("thesis.txt", "config.json", "README.md"):  # the last two look like a trained checkpoint
+        (other / name).write_text("x")
+        with pytest.raises(ExportError, match="something other than an earlier export"):
+            hub.export("contrastive-search", other, check=False, overwrite=True)
     (target / ".git").mkdir()
     with pytest.raises(ExportError, match="git checkout"):
         hub.export("contrastive-search", target, check=False, overwrite=True)
