@@ -78,15 +78,16 @@ class Method:
             when = "prefill"  # what is packed is never dropped
         return make_policy(model, self.plugin, {**self.options, **more}, when)
 
-    def cache(self, model: Any, budget: int | float, tokens: int, when: str | None = None) -> Cache:
+    def cache(self, model: Any, budget: int | float | list[int], tokens: int, when: str | None = None) -> Cache:
         """Return an empty cache.
 
         Args:
             model: that will use it.
-            budget: tokens when an int, a share when a float.
+            budget: tokens when an int, a share when a float; a list for policies, with the tokens of each layer.
             tokens: of the text, for caches that take tokens only.
             when: option of that name of policies; None for their defaults.
         """
+        layers, budget = (budget, max(budget)) if isinstance(budget, list) else (None, budget)
         if self.name == FULL:
             return DynamicCache(config=model.config)
         if self.name == SLIDING:
@@ -96,7 +97,7 @@ class Method:
         if self.plugin == QUANTISED:
             return QuantizedCache(config=model.config, **self.options)
         more = {} if self.quantise is None else {"quantise": quantisation(self.quantise)}
-        return CompressedCache(model.config, self.policy(model, budget, when), **more)
+        return CompressedCache(model.config, self.policy(model, budget, when), layer_budgets=layers, **more)
 
 
 def make_policy(model: Any, name: str, options: dict[str, Any], when: str | None = None) -> CachePolicy:

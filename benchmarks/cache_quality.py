@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaForCausalLM
@@ -21,6 +21,7 @@ from hf_ext.benchmarks.cache_methods import FULL, PRESSES, Method, methods, reas
 from hf_ext.benchmarks.cache_models import Recipe, trained
 from hf_ext.benchmarks.cache_reading import accuracy, full_bytes, padded_groups, read, ways
 from hf_ext.benchmarks.cache_tasks import TASKS, Batch, batch
+from hf_ext.cache.budget import tokens_of
 
 #: Seeds of evaluation texts are apart from those of training.
 HELD_OUT = 10_000
@@ -96,8 +97,8 @@ def quality(plan: Plan, tell: Tell = lambda _: None) -> dict[str, Any]:
             rows += found["padded"]
             versions = found["versions"]
         if presses:
-            budgets = equal_budgets(cells, plan.recipe.length)
-            jobs = [pool.submit(run_equal, plan, seed, task, budgets) for seed in plan.seeds for task in TASKS]
+            limits = equal_bytes(cells)
+            jobs = [pool.submit(run_equal, plan, seed, task, limits) for seed in plan.seeds for task in TASKS]
             cells += [cell for job in _told(jobs, tell, "cells of equal bytes") for cell in job]
     return {"cells": cells, "padded": rows, "versions": versions, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -143,22 +144,51 @@ def run_cells(plan: Plan, seed: int, task: str, budgets: Sequence[int | float]) 
     ]
 
 
-def run_equal(plan: Plan, seed: int, task: str, budgets: dict[tuple[str, float, bool], int]) -> list[Cell]:
+def run_equal(plan: Plan, seed: int, task: str, limits: dict[Place, float]) -> list[Cell]:
     """Measure the methods that kvpress has, too, with as many tokens as fit into the bytes that it holds."""
     model, _ = trained(plan.recipe, seed, plan.folder)
     texts = plan.texts(task, seed)
     chosen = {method.name: method for method in plan.methods()}
     return [
-        {**measured(model, chosen[name], tokens, texts, aware, task=task, seed=seed),
-         "budget": budget, "tokens": tokens, "method": f"{name}, equal bytes"}
-        for (name, budget, aware), tokens in budgets.items() if name in chosen and aware in ways(texts)
-    ]  # fmt: skip
+        {**fitting(model, chosen[place.method], place, texts, limit), "method": f"{place.method}, equal bytes"}
+        for place, limit in limits.items()
+        if (place.task, place.seed) == (task, seed) and place.method in chosen
+    ]
+
+
+def fitting(model: LlamaForCausalLM, method: Method, place: Place, texts: Batch, limit: float) -> Cell:
+    """Return a cell of a method that holds no more bytes than a limit, and hardly less.
+
+    Tokens are taken away one by one, from one layer after the other, the last one first: a text is so short that one
+    token in every layer would be several times what is too much.
+
+    Args:
+        model: of the place's seed.
+        method: of the place.
+        place: whose budget is the one to begin with.
+        texts: of the place's task.
+        limit: bytes a row.
+    """
+    layers = model.config.num_hidden_layers
+    policy = method.policy(model, place.budget, "prefill")
+    length = texts.context.shape[1] + (texts.question.shape[1] if place.aware else 0)
+    tokens = [tokens_of(policy.layer_budget(layer, layers), [length])[0] for layer in range(layers)]
+    later = texts.question.shape[1] + 1 - (texts.question.shape[1] if place.aware else 0)
+    removed = 0
+    while True:
+        cell = measured(model, method, tokens, texts, place.aware, task=place.task, seed=place.seed)
+        if "problem" in cell or cell["bytes"] <= limit:
+            return {**cell, "budget": place.budget, "tokens": tokens}
+        entry = cell["bytes"] / (sum(tokens) + later * layers)
+        for _ in range(max(int((cell["bytes"] - limit) / entry), 1)):
+            removed += 1
+            tokens[-removed % layers] = max(tokens[-removed % layers] - 1, 1)
 
 
 def measured(
-    model: LlamaForCausalLM, method: Method, budget: int | float, texts: Batch, aware: bool, **more: Any
+    model: LlamaForCausalLM, method: Method, budget: int | float | list[int], texts: Batch, aware: bool, **more: Any
 ) -> Cell:
-    """Return a cell: how many tokens of the answers are right, and what the cache held."""
+    """Return a cell: how many tokens of the answers are right, and what the cache held; see `Method.cache`."""
     cell = {"method": method.name, "kind": method.kind, "budget": budget, "aware": aware, **more}
     if method.problem:
         return {**cell, "problem": method.problem}
@@ -299,23 +329,28 @@ def call_kvpress(python: Path | None, job: dict[str, Any]) -> dict[str, Any]:
         return found
 
 
-def equal_budgets(cells: Sequence[Cell], length: int) -> dict[tuple[str, float, bool], int]:
-    """Return how many tokens of a text each shared method may keep to hold no more bytes than kvpress's.
+class Place(NamedTuple):
+    """Where a cell stands in the tables."""
+
+    method: str
+    budget: float
+    aware: bool
+    task: str
+    seed: int
+
+    @classmethod
+    def of(cls, cell: Cell) -> Place:
+        """Return the place of a cell."""
+        return cls(*(cell[name] for name in cls._fields))
+
+
+def equal_bytes(cells: Sequence[Cell]) -> dict[Place, float]:
+    """Return the bytes that kvpress's methods hold, for the shared ones that hold more of them here.
 
     Args:
         cells: of both, at the same nominal budgets.
-        length: tokens of a text.
     """
     ran = [cell for cell in cells if "problem" not in cell]
-    theirs = {_place(c): c["bytes"] for c in ran if c["kind"] == "kvpress"}
-    found = {}
-    for cell in ran:
-        place = _place(cell)
-        if cell["kind"] != "hf_ext" or place not in theirs or theirs[place] >= cell["bytes"]:
-            continue
-        found[place] = max(int(length * cell["budget"] * theirs[place] / cell["bytes"]), 1)
-    return found
-
-
-def _place(cell: Cell) -> tuple[str, float, bool]:
-    return cell["method"], cell["budget"], cell["aware"]
+    theirs = {Place.of(cell): cell["bytes"] for cell in ran if cell["kind"] == "kvpress"}
+    ours = {Place.of(cell): cell["bytes"] for cell in ran if cell["kind"] == "hf_ext"}
+    return {place: theirs[place] for place, held in ours.items() if theirs.get(place, held) < held}

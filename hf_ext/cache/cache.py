@@ -257,6 +257,9 @@ class CompressedCache(Cache):
 
     def check_without_backend(self, layer: CompressedLayer) -> None:
         """Raise what cannot be done where attention does not come back to the cache."""
+        problem = adapter.eviction_problem(self.config)  # known only now: the class of the model may come after us
+        if problem is not None:
+            raise ValueError(f"this model's cache cannot be compressed: {problem}")
         name = adapter.attention_of(self.config)
         policy, kind = self.policy, type(self.policy).__name__
         reason = None

@@ -128,6 +128,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         """Return what is held."""
         if not self.is_initialized:
             raise ValueError("the cache is empty: run the model with past_key_values=cache first")
+        self._check_attended()
         padding = torch.tensor(self.pads, dtype=torch.int64, device=self.device)
         return self.store.entries(self.seen, padding)
 
@@ -179,11 +180,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new tokens; return what attention reads."""
-        if self._new is not None:
-            raise ValueError(
-                f"layer {self.number} was updated, but its attention has not come back to the cache; the model must "
-                "run with attn_implementation='hf_ext' and hand what the cache returns to its attention as it is"
-            )
+        self._check_attended()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != len(self.pads):
@@ -194,6 +191,15 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             setattr(tagged, CACHE_LAYER, self)
             return tagged, value_states
         return self._update_for_others(key_states, value_states)
+
+    def _check_attended(self) -> None:
+        if self._new is not None:
+            raise ValueError(
+                f"layer {self.number} was updated, but its attention has not come back to the cache; under "
+                "attn_implementation='hf_ext' a model must hand what the cache returns to its attention as it is. One "
+                "that caches something else than keys and values, as multi-head latent attention does, runs under "
+                "'sdpa', with a policy that looks at neither queries nor attention"
+            )
 
     def _update_for_others(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and drop what is too much, for an attention that does not come back."""
@@ -412,14 +418,13 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self, keys: Tensor, values: Tensor, real: Tensor | None, fields: Mapping[str, Tensor] | None = None
     ) -> None:
         count = keys.shape[2]
-        columns = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=keys.device)
         if real is not None:
             self.pads = [old + new for old, new in zip(self.pads, (~real).sum(1).tolist(), strict=True)]
         if fields:
             assert isinstance(self.store, DenseStore)
-            self.store.append(keys, values, columns, real, fields)
+            self.store.append(keys, values, self.seen, real, fields)
         else:
-            self.store.append(keys, values, columns, real)
+            self.store.append(keys, values, self.seen, real)
         self.seen += count
 
     def _finish(self, step: Pass) -> None:

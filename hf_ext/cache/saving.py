@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from hf_ext.cache.cache import CompressedCache
     from hf_ext.cache.policy import CachePolicy
 
-#: Marks the files, and their layout.
-FORMAT = "hf_ext compressed cache 1"
+#: Marks the files, with the number of their layout: what stands for columns has changed once.
+MARK = "hf_ext compressed cache"
+FORMAT = f"{MARK} 2"
 
 
 def save(cache: CompressedCache, path: str | Path) -> None:
@@ -67,8 +68,13 @@ def load(kind: type[CompressedCache], path: str | Path, config: Any, device: tor
 
     with safe_open(str(path), framework="pt", device=str(device)) as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
+        if not metadata.get("format", "").startswith(MARK):
             raise ValueError(f"{path} holds no compressed cache; write one with cache.save(path)")
+        if metadata["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has the layout {metadata['format']!r}, this version of hf_ext reads {FORMAT!r}; write it "
+                "again with cache.save(path)"
+            )
         wanted, found = json.loads(metadata["shape"]), shape_of(config.get_text_config(decoder=True))
         if wanted != found:
             raise ValueError(f"the cache was made with a model of the shape {wanted}, this one has {found}")

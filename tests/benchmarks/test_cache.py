@@ -192,13 +192,24 @@ def test_a_method_that_breaks_is_shown_and_complained_about(
     assert cache.broken({"quality": {"cells": [cell, cell, refused]}}) == [f"knorm: {cell['problem']}"]
 
 
-def test_equal_bytes_are_as_many_tokens_as_fit() -> None:
-    place = {"method": "knorm", "budget": 0.5, "aware": False, "task": "copy", "seed": 0}
-    ours = {**place, "kind": "hf_ext", "bytes": 120.0}
-    theirs = {**place, "kind": "kvpress", "bytes": 100.0}
-    assert cache_quality.equal_budgets([ours, theirs], 160) == {("knorm", 0.5, False): 66}
-    assert cache_quality.equal_budgets([ours, {**theirs, "bytes": 130.0}], 160) == {}
-    assert cache_quality.equal_budgets([ours, {**theirs, "problem": "no"}], 160) == {}
+def test_equal_bytes_are_as_many_tokens_as_fit(plan: cache_quality.Plan) -> None:
+    """Those of the same task and seed, to a token in a layer."""
+    model, _ = cache_quality.trained(plan.recipe, 0, plan.folder)
+    where = {"method": "knorm", "budget": 0.5, "aware": True, "task": "values", "seed": 0}
+    texts = plan.texts("values", 0)
+    ours = cache_quality.measured(model, KNORM, 0.5, texts, True, task="values", seed=0)
+    for spare in (0, 1, 2.5):
+        limit = ours["bytes"] - spare * ours["bytes"] / 100
+        other = [{**where, "kind": "kvpress", "bytes": limit}, {**where, "kind": "kvpress", "bytes": 1, "task": "copy"}]
+        limits = cache_quality.equal_bytes([ours, *other])
+        assert list(limits.values()) == [limit] * bool(spare)
+        for found in cache_quality.run_equal(plan, 0, "values", limits):
+            layers = model.config.num_hidden_layers
+            entry = found["bytes"] / (sum(found["tokens"]) + layers)
+            assert limit - 1.1 * entry < found["bytes"] <= limit, (found["bytes"], limit)
+            assert max(found["tokens"]) - min(found["tokens"]) <= 1
+            assert found["method"] == "knorm, equal bytes"
+    assert cache_quality.equal_bytes([ours, {**where, "kind": "kvpress", "bytes": 1.0, "problem": "no"}]) == {}
 
 
 def test_kvpress_is_asked_for_the_same_tokens_and_its_answers_are_judged_here(

@@ -214,6 +214,45 @@ def test_what_was_dropped_or_counted_cannot_be_forgotten():
     assert cache.get_seq_length() == 9
 
 
+def test_models_that_count_distances_by_entries_are_refused():
+    """What is dropped would move the others: silently in BLOOM and GPT-Neo."""
+    import transformers
+
+    shape = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    falcon = {**shape, "new_decoder_architecture": False, "multi_query": True}
+    ids, _ = tiny_models.prompts((12,))
+    for name, settings in (("Bloom", {**shape, "n_layer": 2, "n_head": 4}), ("Falcon", {**falcon, "alibi": True})):
+        model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
+        with pytest.raises(ValueError, match=r"cannot be compressed.*ALiBi"):
+            model(ids, past_key_values=CompressedCache(model.config, Knorm(budget=6)))
+    model = tiny_models.fill(transformers.FalconForCausalLM(transformers.FalconConfig(**falcon, alibi=False)))
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    model(ids, past_key_values=cache)
+    assert cache.held() == [6, 6]
+
+
+def test_caches_of_something_else_than_keys_run_under_other_attention():
+    """Multi-head latent attention: exact under sdpa, and refused in words where it has to come back."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+        first_k_dense_replace=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = tiny_models.fill(transformers.DeepseekV3ForCausalLM(config))
+    ids, mask = tiny_models.prompts((24, 19))
+    script = Script(model, StreamingLLM(budget=6, sinks=2), mask, "sdpa", attention_mask=mask[:, :9])
+    for part in passes(24, (9, 1, 1, 6, 1, 1, 5)):
+        script.step(ids[:, part], mask[:, : part.stop])
+    assert script.compressed.held() == [6, 6]
+    model.set_attn_implementation("hf_ext")
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    model(ids[:1], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"has not come back.*latent attention does, runs under 'sdpa'"):
+        cache.columns(0)
+
+
 def test_weights_of_uneven_heads_are_refused():
     model = model_of()
     cache = CompressedCache(model.config, AdaKV(policy=Knorm(), budget=6))

@@ -1,8 +1,8 @@
 """All heads of a row hold the same number of entries: plain tensors with a little room at the end.
 
     keys     (rows, key heads, n + room, width)      a new token is written into the room; when there is
-    values   (rows, key heads, n + room, width)      none left, the tensors grow by a 64th
-    columns  (rows, key heads, n + room) int32
+    values   (rows, key heads, n + room, width)      none left, the tensors grow by a 128th
+    steps    (rows, 1 or key heads, n + room)        columns, mostly a byte for each; see `steps.py`
 
 A row that holds less than the others begins with entries of column -1, the same number in all heads.
 """
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from hf_ext.cache.entries import NOTHING, Entries
+from hf_ext.cache.stores.steps import columns_of, joined, last_of, steps_after, steps_of
 
-#: The room is a 64th of what is held, and no more than this.
-MOST_ROOM = 256
+#: The room is so small a part of what is held, and no more than so many entries. There is none for less than one part:
+#: a short cache is copied as quickly as it is written to.
+PART, MOST_ROOM = 128, 256
 
 
 class DenseStore:
@@ -36,6 +38,8 @@ class DenseStore:
         #: Of each row, how many entries stand for nothing, so that attention needs a mask; empty if there are none.
         self.holes: list[int] = []
         self.buffers: dict[str, Tensor] = {}
+        #: The last column of each head, a number if it is the same in all; None if it has to be looked up.
+        self._last: Tensor | int | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -50,7 +54,7 @@ class DenseStore:
         self,
         keys: Tensor,
         values: Tensor,
-        columns: Tensor,
+        start: int,
         real: Tensor | None,
         fields: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -59,17 +63,15 @@ class DenseStore:
         Args:
             keys: `(rows, key heads, q, width)`.
             values: `(rows, key heads, q, value width)`.
-            columns: `(q,)` int32.
+            start: column of the first one.
             real: `(rows, q)` bool, False for padding; None if all are real.
             fields: `(rows, key heads, q, ...)` each, those of the new tokens that do not begin with 0.
         """
         rows, heads, count = keys.shape[:3]
-        numbers = columns.view(1, 1, -1).expand(rows, heads, -1)
         if real is not None:
-            numbers = numbers.masked_fill(~real[:, None], NOTHING)
             none = (~real).sum(1).tolist()
             self.holes = [a + b for a, b in zip(self.holes or [0] * rows, none, strict=True)]
-        new = {"keys": keys, "values": values, "columns": numbers}
+        new = {"keys": keys, "values": values, "steps": self._steps_of_new(start, count, rows, real, keys.device)}
         fields = fields or {}
         new |= {
             name: fields[name] if name in fields else keys.new_zeros(rows, heads, count, dtype=torch.float32)
@@ -81,17 +83,35 @@ class DenseStore:
             return
         room = self.buffers["keys"].shape[2] - self.length
         tracked = keys.requires_grad or self.buffers["keys"].requires_grad
+        steps = self.buffers["steps"]
+        if new["steps"].shape[1] > steps.shape[1] or new["steps"].itemsize > steps.itemsize:
+            self.buffers["steps"] = steps = joined(steps, new["steps"][:, :, :0])
         if tracked or room < count:
-            extra = 0 if tracked else min(max((self.length + count) // 64, 1), MOST_ROOM)
-            self._grow(new, extra)
+            self._grow(new, 0 if tracked else min((self.length + count) // PART, MOST_ROOM))
         else:
             for name, tensor in new.items():
                 self.buffers[name][:, :, self.length : self.length + count] = tensor
         self.length += count
 
+    def _steps_of_new(self, start: int, count: int, rows: int, real: Tensor | None, device: torch.device) -> Tensor:
+        last: Tensor | int = NOTHING
+        if self.buffers:
+            last = self._last_column() if self._last is None else self._last
+        # The newest token is the last one of every head, unless it is padding.
+        self._last = start + count - 1 if real is None else None
+        return steps_after(last, start, count, rows, real, device)
+
+    def _last_column(self) -> Tensor | int:
+        last = last_of(self._part("steps"))
+        least, most = last.aminmax()
+        return int(most) if bool(least == most) else last
+
     def _grow(self, new: Mapping[str, Tensor], extra: int) -> None:
         for name, tensor in new.items():
             old = self.buffers[name][:, :, : self.length]
+            if name == "steps":
+                self.buffers[name] = joined(old, tensor, extra)
+                continue
             parts = [old, tensor.to(old.dtype)]
             if extra:
                 parts.append(old.new_zeros(*old.shape[:2], extra, *old.shape[3:]))
@@ -114,7 +134,7 @@ class DenseStore:
     @property
     def columns(self) -> Tensor:
         """`(rows, key heads, n)` int32."""
-        return self._part("columns")
+        return columns_of(self._part("steps"), self.buffers["keys"].shape[1])
 
     @property
     def bias(self) -> Tensor | None:
@@ -122,7 +142,7 @@ class DenseStore:
         return self._part("bias") if "bias" in self.buffers else None
 
     def entries(self, seen: int, padding: Tensor) -> Entries:
-        """Return what is held, as views."""
+        """Return what is held, keys and values as views."""
         fields = {name: self._part(name) for name in self.field_names}
         return Entries(self.keys, self.values, self.columns, seen, padding, fields)
 
@@ -137,8 +157,9 @@ class DenseStore:
 
     def replace(self, entries: Entries) -> None:
         """Hold these entries instead."""
-        self.buffers = {"keys": entries.keys, "values": entries.values, "columns": entries.columns, **entries.fields}
-        self.length = len(entries)
+        steps = steps_of(entries.columns)
+        self.buffers = {"keys": entries.keys, "values": entries.values, "steps": steps, **entries.fields}
+        self.length, self._last = len(entries), None
         self.settle()
         self._count_holes()
 
@@ -155,15 +176,18 @@ class DenseStore:
     def drop_last(self, count: int) -> None:
         """Forget the last `count` entries of every head."""
         self.length -= count
+        self._last = None
 
     def select(self, index: Tensor) -> None:
         """Go on with these rows."""
         self.buffers = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.buffers.items()}
+        self._last = None
         self._count_holes()
 
     def repeat(self, times: int) -> None:
         """Repeat every row."""
         self.buffers = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.buffers.items()}
+        self._last = None
         self._count_holes()
 
     def to(self, device: torch.device | str) -> None:
@@ -181,9 +205,9 @@ class DenseStore:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hold what `state` has returned."""
         self.buffers = dict(state)
-        self.length = self.buffers["keys"].shape[2]
+        self.length, self._last = self.buffers["keys"].shape[2], None
         self._count_holes()
 
     def _count_holes(self) -> None:
-        holes = (self.columns[:, 0] < 0).sum(1).tolist()
+        holes = (self._part("steps")[:, 0] == 0).sum(1).tolist()
         self.holes = holes if any(holes) else []

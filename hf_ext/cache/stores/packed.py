@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_ext.cache.entries import NOTHING, Entries
 from hf_ext.cache.quantisation import Quantisation, pack
 from hf_ext.cache.stores.dense import DenseStore
-from hf_ext.cache.stores.steps import columns_of, joined, steps_of
+from hf_ext.cache.stores.steps import columns_of, joined, last_of, steps_of
 from hf_ext.kernels.packing import dequantise_keys, dequantise_values
 
 #: What is packed of an entry; the second and third have a place for each group of tokens.
@@ -165,11 +165,11 @@ class PackedStore:
             )
         return [max(most - used, least) for most, used in zip(keep, packed, strict=True)]
 
-    def append(self, keys: Tensor, values: Tensor, columns: Tensor, real: Tensor | None) -> None:
+    def append(self, keys: Tensor, values: Tensor, start: int, real: Tensor | None) -> None:
         """Add new tokens; see `DenseStore.append`."""
         if not self.recent.buffers:
             self.quantisation.check_widths(keys.shape[-1], values.shape[-1])
-        self.recent.append(keys, values, columns, real)
+        self.recent.append(keys, values, start, real)
 
     def note(self, fields: Mapping[str, Tensor]) -> None:
         """Replace fields of the entries that are not packed."""
@@ -205,7 +205,7 @@ class PackedStore:
             for name, tensor in new.items():
                 self._append(name, tensor)
         steps = self.packed.get("steps")
-        before = None if steps is None else steps.sum(-1, dtype=torch.int32).add_(NOTHING).expand(-1, keys[0].shape[1])
+        before = None if steps is None else last_of(steps).expand(-1, keys[0].shape[1])
         more = steps_of(old.columns, before)
         self.packed["steps"] = more if steps is None else joined(steps, more)
         self.frozen += count

@@ -5,7 +5,7 @@
     aaaaa.   bb.       cccccccc.   d.          starts 0 6 9 18   lengths 5 2 8 1   (. is room)
 
 Padding is not stored at all. New tokens are written into the room of each segment; when one is full,
-all are moved apart again.
+all are moved apart again. Columns are stored as steps, mostly a byte for each; see `steps.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.cache.entries import NOTHING, Entries
+from hf_ext.cache.stores.steps import DTYPES, columns_of, steps_after, steps_of
 
 #: The room of a segment is a 64th of the longest one, and no more than this.
 MOST_ROOM = 256
@@ -38,6 +39,8 @@ class RaggedStore:
         self.buffers: dict[str, Tensor] = {}
         #: Entries of each row, all heads together.
         self.totals: list[int] = []
+        #: The last column of each head, a number if it is the same in all; None if it has to be looked up.
+        self._last: Tensor | int | None = None
 
     def __len__(self) -> int:
         return int(self.lengths.max()) if self.lengths.numel() else 0
@@ -47,15 +50,19 @@ class RaggedStore:
         heads = self.lengths.shape[1]
         return any(total > most * heads for total, most in zip(self.totals, allowed, strict=True))
 
-    def append(self, keys: Tensor, values: Tensor, columns: Tensor, real: Tensor | None) -> None:
+    def append(self, keys: Tensor, values: Tensor, start: int, real: Tensor | None) -> None:
         """Add new tokens; see `DenseStore.append`."""
         rows, heads, count, _ = keys.shape
+        last = self.last_columns(1)[..., 0] if self.buffers and self._last is None else self._last
+        steps = steps_after(NOTHING if last is None else last, start, count, rows, real, keys.device)
+        # The newest token is the last one of every head, unless it is padding.
+        self._last = start + count - 1 if real is None else None
         if not self.buffers:
             self.starts = self.lengths = self.room = torch.zeros(rows, heads, dtype=torch.int64, device=keys.device)
             self.buffers = {
                 "keys": keys.new_zeros(0, keys.shape[-1]),
                 "values": values.new_zeros(0, values.shape[-1]),
-                "columns": columns.new_zeros(0),
+                "steps": steps.new_zeros(0),
                 **{name: keys.new_zeros(0, dtype=torch.float32) for name in self.field_names},
             }
         new = torch.full((rows, 1), count, device=keys.device) if real is None else real.sum(1, keepdim=True)
@@ -64,7 +71,8 @@ class RaggedStore:
             extra = min(max((len(self) + count) // 64, 1), MOST_ROOM)
             self._spread(self.lengths + new + extra)
         at = (self.starts + self.lengths)[..., None] + torch.arange(count, device=keys.device)
-        numbers = columns.expand(rows, heads, count)
+        numbers = steps.expand(-1, heads, -1)
+        self._widen(steps.dtype)
         if real is None or bool(real.all()):
             where, chosen = at.flatten(), slice(None)
         else:
@@ -74,11 +82,16 @@ class RaggedStore:
             where = at.flatten()[chosen]
         self.buffers["keys"][where] = keys.reshape(-1, keys.shape[-1])[chosen]
         self.buffers["values"][where] = values.reshape(-1, values.shape[-1])[chosen]
-        self.buffers["columns"][where] = numbers.reshape(-1)[chosen]
+        self.buffers["steps"][where] = numbers.reshape(-1)[chosen].to(self.buffers["steps"].dtype)
         for name in self.field_names:
             self.buffers[name][where] = 0
         self.lengths = self.lengths + new
         self.totals = self.lengths.sum(1).tolist()
+
+    def _widen(self, dtype: torch.dtype) -> None:
+        """Make sure that steps of a dtype can be written."""
+        if DTYPES.index(dtype) > DTYPES.index(self.buffers["steps"].dtype):
+            self.buffers["steps"] = self.buffers["steps"].to(dtype)
 
     def _flat(self) -> Tensor:
         """Return the indices of all entries in the flat tensors, segment after segment."""
@@ -112,7 +125,7 @@ class RaggedStore:
         """Return what is held as plain tensors, heads that hold less with nothing in front: a copy."""
         where, real = self._segments()
         found = {name: tensor[where] for name, tensor in self.buffers.items()}
-        columns = found.pop("columns").masked_fill(~real, NOTHING)
+        columns = columns_of(found.pop("steps").masked_fill_(~real, 0), real.shape[1])
         return Entries(found.pop("keys"), found.pop("values"), columns, seen, padding, found)
 
     def note(self, fields: Mapping[str, Tensor]) -> None:
@@ -124,20 +137,25 @@ class RaggedStore:
     def keep(self, index: Tensor, entries: Entries) -> None:
         """Hold only the entries at `index` of what `entries` returned, `(rows, key heads, k)`, -1 for nothing."""
         where, _ = self._segments()
-        flat = where.gather(-1, index.clamp(min=0))[index >= 0]
-        self.lengths = (index >= 0).sum(-1)
-        self._compact({name: tensor[flat] for name, tensor in self.buffers.items()})
+        real = index >= 0
+        columns = entries.columns.gather(-1, index.clamp(min=0)).masked_fill(~real, NOTHING)
+        flat = where.gather(-1, index.clamp(min=0))[real]
+        buffers = {name: tensor[flat] for name, tensor in self.buffers.items() if name != "steps"}
+        self._hold(buffers, columns, real)
 
     def replace(self, entries: Entries) -> None:
         """Hold these entries instead."""
-        real = entries.real
+        whole = {"keys": entries.keys, "values": entries.values, **entries.fields}
+        self._hold({name: tensor[entries.real] for name, tensor in whole.items()}, entries.columns, entries.real)
+
+    def _hold(self, buffers: dict[str, Tensor], columns: Tensor, real: Tensor) -> None:
+        """Hold flat tensors of entries that lie at these columns, `(rows, key heads, n)`."""
         self.lengths = real.sum(-1)
-        whole = {"keys": entries.keys, "values": entries.values, "columns": entries.columns, **entries.fields}
-        self._compact({name: tensor[real] for name, tensor in whole.items()})
+        self._compact({**buffers, "steps": steps_of(columns).expand(-1, real.shape[1], -1)[real]})
 
     def _compact(self, buffers: dict[str, Tensor]) -> None:
         ends = self.lengths.flatten().cumsum(0).view_as(self.lengths)
-        self.starts, self.room, self.buffers = ends - self.lengths, self.lengths, buffers
+        self.starts, self.room, self.buffers, self._last = ends - self.lengths, self.lengths, buffers, None
         self.totals = self.lengths.sum(1).tolist()
 
     def settle(self) -> None:
@@ -145,13 +163,13 @@ class RaggedStore:
 
     def last_columns(self, count: int) -> Tensor:
         """Return the columns of the last `count` entries, `(rows, key heads, count)`, -1 where there are fewer."""
-        place = self.lengths[..., None] - count + torch.arange(count, device=self.lengths.device)
-        found = self.buffers["columns"][(self.starts[..., None] + place).clamp(min=0)]
-        return found.masked_fill(place < 0, NOTHING)
+        where, real = self._segments()
+        columns = columns_of(self.buffers["steps"][where].masked_fill_(~real, 0), real.shape[1])
+        return torch.nn.functional.pad(columns, (count - columns.shape[-1], 0), value=NOTHING)  # or cut
 
     def drop_last(self, count: int) -> None:
         """Forget the last `count` entries of every head."""
-        self.lengths = self.lengths - count
+        self.lengths, self._last = self.lengths - count, None
         self.totals = self.lengths.sum(1).tolist()
 
     def select(self, index: Tensor) -> None:
