@@ -552,6 +552,23 @@ def attends_by_code_of_its_own(config: type) -> bool:
     return bool(own) and all(map(known, own))
 
 
+def eviction_problem(config: Any) -> str | None:
+    """Say why entries cannot be dropped from the cache of a model, or None where they can.
+
+    Attention that is code of a model's own may count distances by the entries that are there, for ALiBi or for local
+    windows. Rotations by the positions of the tokens do not. Stands on `rope_parameters` and `alibi` of configurations.
+    """
+    kind: type = type(config)
+    if not attends_by_code_of_its_own(kind):
+        return None
+    if getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False):
+        return None
+    return (
+        "its attention is code of its own that counts distances by the entries which are there, as ALiBi and local "
+        "windows do; when some are dropped, others would seem nearer"
+    )
+
+
 def sdpa_function() -> Callable[..., tuple[torch.Tensor, None]]:
     """Return what transformers runs for `attn_implementation="sdpa"` (`integrations.sdpa_attention`)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
