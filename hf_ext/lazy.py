@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hf_ext import namespace
+
 
 def lazy_attributes(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], list[str]]:
     """Build `__getattr__` and `__all__` for a package whose names live in submodules.
@@ -32,3 +34,6 @@ def lazy_attributes(package: str, where: Mapping[str, str]) -> tuple[Callable[[s
         return value
 
     return __getattr__, sorted(where)
+
+
+namespace.complete()  # here, because nearly every import of hf_ext passes here

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from hf_ext import namespace
+
 #: Entry point groups that are searched, in this order.
 GROUPS = (
     "hf_ext.modeling",
@@ -98,10 +100,21 @@ class BrokenPlugin:
 
 
 def resolve(target: str, name: str) -> Any:
-    """Import `"module:attribute"` on behalf of plugin `name`.
+    """Import `"module:attribute"` on behalf of a plugin.
+
+    Args:
+        target: what is imported.
+        name: the plugin's name, for the error.
+
+    Returns:
+        The attribute.
 
     Raises:
         PluginError: naming the plugin, the module and the cause.
+
+    Example:
+        >>> resolve("collections:Counter", "counter")
+        <class 'collections.Counter'>
     """
     module, _, attribute = target.partition(":")
     try:
@@ -117,6 +130,9 @@ def all(kind: str | None = None) -> list[Plugin]:
 
     Args:
         kind: keep only plugins of this kind.
+
+    Returns:
+        The records; nothing of a plugin but its record is imported.
 
     Example:
         >>> [plugin.name for plugin in all(kind="no-such-kind")]
@@ -136,9 +152,19 @@ def broken() -> list[BrokenPlugin]:
 def get(name: str) -> Plugin:
     """Return the plugin called `name`; a slug that exactly one plugin covers also works.
 
+    Args:
+        name: as `hf-ext list` prints it, or a slug.
+
+    Returns:
+        The record, whose `load()` imports the class.
+
     Raises:
         PluginError: no such plugin (the message lists the nearest names), a broken one, or a slug
             that several plugins cover.
+
+    Example:
+        >>> get("contrastive-search").kind
+        'strategy'
     """
     found, bad = _discover()
     matches = [p for p in found if p.name == name] or [p for p in found if name in p.covers]
@@ -197,3 +223,6 @@ def _read(entry: EntryPoint) -> list[Plugin]:
 
 def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else entry.value
+
+
+namespace.complete()

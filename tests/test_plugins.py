@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import hf_ext
 from hf_ext import plugins
 from hf_ext.plugins import Plugin, PluginError
 
@@ -46,6 +47,14 @@ GOOD = """
 
     PLUGINS = [Plugin("third-party-tool", "tool", "Does something.", target="good_package:Tool", covers=("a-slug",))]
 """
+
+
+@pytest.mark.parametrize("first", ["hf_ext.plugins", "hf_ext.generation", "hf_ext.cli"])
+def test_a_checkout_below_the_working_directory_is_not_taken_for_the_package(tmp_path: Path, first: str) -> None:
+    (tmp_path / "hf_ext").symlink_to(Path(__file__).resolve().parents[1])
+    code = f"import sys, hf_ext, {first}; print(hf_ext.__version__, 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{hf_ext.__version__} False\n"
 
 
 def test_listing_needs_neither_torch_nor_transformers() -> None:
