@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -26,6 +27,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "offset-positions": ("opt", {}),
     "sinks": ("gpt_oss", {}),
 }
+#: Those on which a budget that is a share of the tokens is tried as well.
+IN_SHARES = ("grouped", "alternating", "learned-positions")
+#: How the full budget is tried.
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+
+
+def model_of(shape: str) -> Any:
+    """Return a tiny model of a shape, fresh."""
+    kind, changes = SHAPES[shape]
+    return tiny_models.build(kind, **changes)
+
+
+@functools.cache
+def with_a_full_cache(shape: str) -> Any:
+    """Return what `generate` gives for two prompts with a `DynamicCache`, the same for all policies."""
+    model, (ids, mask) = model_of(shape), tiny_models.prompts((12, 7))
+    model.set_attn_implementation("hf_ext")
+    return model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **GREEDY)
 
 
 class CacheConformance:
@@ -56,8 +75,7 @@ class CacheConformance:
 
     def model(self, shape: str) -> Any:
         """Return a tiny model of a shape, fresh."""
-        kind, changes = SHAPES[shape]
-        return tiny_models.build(kind, **changes)
+        return model_of(shape)
 
     def script(self, shape: str, budget: int | float, rows: int = 3, **options: Any) -> tuple[Script, Any, Any]:
         """Return a run, and `(rows, columns)` ids and mask of its tokens, padded on the left."""
@@ -70,8 +88,7 @@ class CacheConformance:
         policy = self.policy(budget, **options)
         return Script(self.model(shape), policy, mask), ids, mask
 
-    @pytest.mark.parametrize("budget", [6, 0.4])
-    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize(("shape", "budget"), [*((shape, 6) for shape in SHAPES), *((s, 0.4) for s in IN_SHARES)])
     def test_dropped_entries_are_as_if_hidden(self, shape: str, budget: int | float) -> None:
         """Chunks, turns and padding: logits are those of a full cache in which what was dropped is hidden."""
         script, ids, mask = self.script(shape, budget)
@@ -138,11 +155,9 @@ class CacheConformance:
         model = self.model(shape)
         model.set_attn_implementation("hf_ext")
         ids, mask = tiny_models.prompts((12, 7))
-        settings = {"do_sample": False, "max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
         cache = CompressedCache(model.config, self.policy(1.0))
-        ours = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
-        full = DynamicCache(config=model.config)
-        theirs = model.generate(ids, attention_mask=mask, past_key_values=full, **settings)
+        ours = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        theirs = with_a_full_cache(shape)
         gap = max((a - b).abs().max().item() for a, b in zip(ours.logits, theirs.logits, strict=True))
         assert gap < 1e-5, f"the largest difference of logits is {gap:.2e}"
         assert ours.sequences.tolist() == theirs.sequences.tolist()
