@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hf_ext.cli import readme
 from hf_ext.testing.local_hub import LocalHub
 
@@ -67,8 +69,8 @@ def test_worked_example_of_contributing_is_a_working_plugin(tmp_path: Path) -> N
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     # One kind of model for each check here; the suite's own breadth is tested with this package's strategies.
     fewer = "not gpt2 and not qwen3 and not mistral and not gemma3"
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path)
-    tests = run(*pytest, "-k", fewer, "test_most_typical.py", cwd=tmp_path, PYTHONPATH=path)
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path)
+    tests = run(*command, "-k", fewer, "test_most_typical.py", cwd=tmp_path, PYTHONPATH=path)
     assert re.search(r"^\d{2,} passed", tests.stdout, re.MULTILINE), tests.stdout
     program = (
         "from hf_ext import cli, verify\n"
@@ -84,28 +86,37 @@ def test_worked_example_of_contributing_is_a_working_plugin(tmp_path: Path) -> N
     assert "MostTypical: 4 tokens" in shown.stderr
 
 
-def test_code_of_the_page_on_speculative_decoding_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "speculative-decoding.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
-    (tmp_path / "page.py").write_text("\n\n".join(blocks), encoding="utf-8")
-    found = run("page.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert "SpeculativeDecoding: 64 tokens" in found.stdout
+#: Pages whose code runs, and how many blocks of it each holds.
+PAGES = {"speculative-decoding": 2, "cache": 2, "objectives": 3}
+
+RUN_PAGES = """
+import contextlib, runpy, sys
+for name in sys.argv[1:]:
+    with open(f"{name}.out", "w") as out, contextlib.redirect_stdout(out):
+        runpy.run_path(f"{name}.py", run_name="__main__")
+"""
 
 
-def test_code_of_the_page_on_caches_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "cache.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
-    (tmp_path / "page.py").write_text("\n\n".join(blocks), encoding="utf-8")
-    found = run("page.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert "CompressedCache(SnapKV(budget=0.25" in found.stdout
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the code of each page prints, run as a script; one process for all, as most of its time goes to imports."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name, count in PAGES.items():
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+        assert len(blocks) == count, f"docs/{name}.md holds {len(blocks)} blocks of code, expected {count}"
+        (folder / f"{name}.py").write_text("\n\n".join(blocks), encoding="utf-8")
+    run("-c", RUN_PAGES, *PAGES, cwd=folder, HF_HUB_OFFLINE="1")
+    return {name: (folder / f"{name}.out").read_text() for name in PAGES}
 
 
-def test_code_of_the_page_on_objectives_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
-    (tmp_path / "page.py").write_text("\n\n".join(blocks), encoding="utf-8")
-    found = run("page.py", cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert found.stdout.count("clean_loss") == 6  # three trainers print two steps each
+def test_code_of_the_page_on_speculative_decoding_runs(printed: dict[str, str]) -> None:
+    assert "SpeculativeDecoding: 64 tokens" in printed["speculative-decoding"]
+
+
+def test_code_of_the_page_on_caches_runs(printed: dict[str, str]) -> None:
+    assert "CompressedCache(SnapKV(budget=0.25" in printed["cache"]
+
+
+def test_code_of_the_page_on_objectives_runs(printed: dict[str, str]) -> None:
+    assert printed["objectives"].count("clean_loss") == 6  # three trainers print two steps each
