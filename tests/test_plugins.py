@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def test_a_checkout_below_the_working_directory_is_not_taken_for_the_package(tmp
     code = f"import sys, hf_ext, {first}; print(hf_ext.__version__, 'torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout == f"{hf_ext.__version__} False\n"
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["generation", "generation.heads", "cache", "cache.soft", "trainer_callbacks", "attention", "metrics", "hub"],
+)
+def test_lazy_packages_list_their_names_and_have_them(package: str) -> None:
+    module = importlib.import_module(f"hf_ext.{package}")
+    assert set(dir(module)) >= set(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_listing_needs_neither_torch_nor_transformers() -> None:

@@ -21,3 +21,7 @@ __getattr__, __all__ = lazy_attributes(
         "unpack": "packed",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -67,3 +67,7 @@ __getattr__, __all__ = lazy_attributes(
         "TOVA": "policies.tova",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

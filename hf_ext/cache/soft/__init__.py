@@ -25,3 +25,7 @@ __getattr__, __all__ = lazy_attributes(
         "Slots": "slots",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
