@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.packed import is_packed, unpack
 from hf_ext.cache.attending import Given
 from hf_ext.cache.stores.packed import PackedStore
 from hf_ext.kernels.merge import merge_two
+from hf_ext.kernels.packed_torch import packed_scores, packed_sums
 from hf_ext.kernels.scores import weigh
 
 #: Passes of more queries dequantise a layer for as long as its attention runs, which is quicker for many.
@@ -45,27 +47,28 @@ def attend_packed(
     Returns:
         `(rows, q, heads, width)`, and `(rows, key heads, recent)` float32, what each recent entry got of the attention.
     """
+    if runs_kernels(query.device):
+        out, sums = _by_kernel(store, query, given, scale, softcap, sinks)
+    else:
+        out, sums = _at_once(store, query, given, scale, softcap, sinks)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), sums.float()
+
+
+def _by_kernel(
+    store: PackedStore, query: Tensor, given: Given, scale: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to packed and to recent entries on their own, and merge what is found."""
     from hf_ext.cache.ops import packed_attention
 
-    rows, heads, count, width = query.shape
+    rows, heads, count, _ = query.shape
     recent = store.recent
-    keys, values = recent.keys, recent.values
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = (query.to(wide) * scale).reshape(rows, keys.shape[1], -1, width)
-    scores = grouped @ keys.to(wide).mT
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    grouped = _grouped(query, store, scale)
+    scores = _capped(grouped @ recent.keys.to(grouped.dtype).mT, softcap)
     if recent.bias is not None:
         scores += recent.bias[:, :, None]
-    hidden = _hidden(store, given, count)
-    if hidden is not None:
-        by_query = scores.view(rows, keys.shape[1], -1, count, keys.shape[2])
-        if hidden.dtype == torch.bool:
-            by_query.masked_fill_(hidden, -torch.inf)
-        else:
-            by_query += hidden
+    _hide(scores, _hidden(store, given, count), count)
     weights, lse = weigh(scores)
-    found = (weights @ values.to(wide)).view(rows, heads, count, -1)
+    found = (weights @ recent.values.to(grouped.dtype)).view(rows, heads, count, -1)
     own = lse.view(rows, heads, count)
     out, whole = packed_attention(
         query, *store.codes(), bits=store.quantisation.bits, scale=scale, softcap=softcap, visible=store.visible(),
@@ -77,8 +80,62 @@ def attend_packed(
         with_sink = torch.logaddexp(whole, sinks.to(whole.dtype)[:, None])
         out, whole = out * (whole - with_sink).exp()[..., None], with_sink
     part = (own - whole.masked_fill(whole.isneginf(), 0)).exp()
-    sums = (weights * part.view(rows, keys.shape[1], -1, 1)).sum(2)
-    return out.to(query.dtype).transpose(1, 2).contiguous(), sums.float()
+    return out, (weights * part.view(*grouped.shape[:3], 1)).sum(2)
+
+
+def _at_once(
+    store: PackedStore, query: Tensor, given: Given, scale: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to packed and recent entries with one softmax, which takes fewer steps."""
+    rows, heads, count, _ = query.shape
+    recent, frozen, codes, bits = store.recent, store.frozen, store.codes(), store.quantisation.bits
+    grouped = _grouped(query, store, scale)
+    scores = grouped.new_empty(*grouped.shape[:3], len(store))
+    packed, open_ = scores[..., :frozen], scores[..., frozen:]
+    packed_scores(grouped, *codes[:3], bits, packed)
+    open_.copy_(grouped @ recent.keys.to(grouped.dtype).mT)
+    scores = _capped(scores, softcap)
+    if recent.bias is not None:
+        assert store.packed_bias is not None
+        packed += store.packed_bias[:, :, None]
+        open_ += recent.bias[:, :, None]
+    visible, hidden = store.visible(), _hidden(store, given, count)
+    if visible is not None:
+        packed.masked_fill_(~visible[:, :, None], -torch.inf)
+    _hide(open_, hidden, count)
+    weights = scores.softmax(-1)
+    if visible is not None or hidden is not None:
+        weights.nan_to_num_(nan=0.0)  # of a query that sees nothing
+    if sinks is not None:
+        # A sink takes part in the sum and adds nothing.
+        sink = sinks.to(scores.dtype).repeat_interleave(count).view(1, grouped.shape[1], -1, 1)
+        lse = scores.logsumexp(-1, keepdim=True)
+        weights *= (lse - torch.logaddexp(lse, sink)).exp()
+    out = packed_sums(weights[..., :frozen], *codes[3:], bits)
+    out += weights[..., frozen:] @ recent.values.to(out.dtype)
+    return out.view(rows, heads, count, -1), weights[..., frozen:].sum(2)
+
+
+def _grouped(query: Tensor, store: PackedStore, scale: float) -> Tensor:
+    """Return queries times the scale, `(rows, key heads, lines, width)`: those that see the same keys together."""
+    rows, _, _, width = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return (query.to(wide) * scale).reshape(rows, store.recent.keys.shape[1], -1, width)
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def _hide(scores: Tensor, hidden: Tensor | None, count: int) -> None:
+    """Take from the scores of recent entries, `(rows, key heads, lines, recent)`, those that `_hidden` returned."""
+    if hidden is None:
+        return
+    by_query = scores.unflatten(2, (-1, count))
+    if hidden.dtype == torch.bool:
+        by_query.masked_fill_(hidden, -torch.inf)
+    else:
+        by_query += hidden
 
 
 def _hidden(store: PackedStore, given: Given, count: int) -> Tensor | None:

@@ -14,14 +14,12 @@ import torch
 from hf_ext.kernels import configs
 from hf_ext.kernels.decode_attention import count_splits
 from hf_ext.kernels.language import cdiv, check_device
-from hf_ext.kernels.merge import launch_merge, merge_two
+from hf_ext.kernels.merge import launch_merge
 from hf_ext.kernels.packed_kernel import launch_packed
+from hf_ext.kernels.packed_torch import packed_scores, packed_sums
 from hf_ext.kernels.packing import check_bits, dequantise_keys, dequantise_values
 from hf_ext.kernels.problem import DTYPES
 from hf_ext.kernels.scores import adjacent, weigh
-
-#: `packed_attention_torch` dequantises so many numbers at a time: 4 MB of them.
-LARGEST = 2**20
 
 
 def packed_attention(
@@ -139,9 +137,7 @@ def packed_attention_torch(
     visible: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `packed_attention` returns, block by block of tokens: what a CPU does quickest.
-
-    Only a block is ever dequantised at a time, and its softmax is put together with that of the blocks before.
+    """Return what `packed_attention` returns, by `packed_torch`: what a CPU does quickest.
 
     Example:
         >>> from hf_ext.kernels.packing import quantise_keys, quantise_values
@@ -159,47 +155,23 @@ def packed_attention_torch(
     key_heads, tokens = key_codes.shape[1:3]
     lines, value_width = heads // key_heads * count, value_codes.shape[-1] * 8 // bits
     wide = torch.promote_types(query.dtype, torch.float32)
+    if not tokens:
+        return query.new_zeros(rows, heads, count, value_width), query.new_full(
+            (rows, heads, count), -torch.inf, dtype=wide
+        )
     # The queries of a group of heads see the same keys and are multiplied together.
     grouped = (query.to(wide) * scale).reshape(rows, key_heads, lines, width)
-    out = grouped.new_zeros(rows, key_heads, lines, value_width)
-    lse = grouped.new_full((rows, key_heads, lines), -torch.inf)
-    group = tokens // key_scale.shape[2] if tokens else 1
-    most = max(width, value_width)
-    step = max(LARGEST // max(rows * key_heads * most * group, 1), 1) * group
-    room = grouped.new_empty(rows * key_heads * min(step, tokens) * most)
-    for start in range(0, tokens, step):
-        at = slice(start, min(start + step, tokens))
-        groups = slice(at.start // group, at.stop // group)
-        # What is dequantised lies where that of the block before lay, and stays in the processor's cache.
-        keys = _steps(key_codes[:, :, at], bits, room)
-        by_group = keys.unflatten(2, (-1, group))
-        of_keys = key_scale[:, :, groups, None].to(wide), key_zero[:, :, groups, None].to(wide)
-        torch.addcmul(of_keys[1], by_group, of_keys[0], out=by_group)
-        scores = grouped @ keys.mT
-        if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        if bias is not None:
-            scores += bias[:, :, None, at].to(wide)
-        if visible is not None:
-            scores.masked_fill_(~visible[:, :, None, at], -torch.inf)
-        weights, sums = weigh(scores)
-        # Scaled in place and then moved by one small product: broadcast within a row, addcmul is ten times slower.
-        values = _steps(value_codes[:, :, at], bits, room)
-        values.unflatten(3, (value_scale.shape[-1], -1)).mul_(value_scale[:, :, at, :, None].to(wide))
-        found = weights @ values
-        found.unflatten(3, (value_scale.shape[-1], -1)).add_((weights @ value_zero[:, :, at].to(wide))[..., None])
-        out, lse = (found, sums[..., 0]) if not start else merge_two(out, lse, found, sums[..., 0])
+    scores = grouped.new_empty(rows, key_heads, lines, tokens)
+    packed_scores(grouped, key_codes, key_scale, key_zero, bits, scores)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores += bias[:, :, None].to(wide)
+    if visible is not None:
+        scores.masked_fill_(~visible[:, :, None], -torch.inf)
+    weights, lse = weigh(scores)
+    out = packed_sums(weights, value_codes, value_scale, value_zero, bits)
     return out.view(rows, heads, count, value_width).to(query.dtype), lse.view(rows, heads, count)
-
-
-def _steps(packed: torch.Tensor, bits: int, room: torch.Tensor) -> torch.Tensor:
-    """Return codes as floating numbers in some room, which they share with what was there before."""
-    found = room[: packed.numel() * 8 // bits].view(*packed.shape[:3], -1)
-    for place, plane in enumerate(found.chunk(8 // bits, -1)):
-        # A float from a uint8 is quick, a shift by nothing or a mask of all bits is not free.
-        shifted = packed >> (place * bits) if place else packed
-        plane.copy_(shifted if (place + 1) * bits == 8 else shifted & (2**bits - 1))
-    return found
 
 
 def _check(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_ext.kernels import packed_attention as module
+from hf_ext.kernels import packed_torch as module
 from hf_ext.kernels.attention import attention_reference
 from hf_ext.kernels.compaction import compact_ragged_reference, compact_reference
 from hf_ext.kernels.merge import merge_two
