@@ -48,6 +48,7 @@ def pytest_collection_finish() -> None:
     """Take what was imported out of the garbage collector's sight: walking through it costs a tenth of the time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)  # of what is left, most lives for one test
 
 
@@ -56,5 +57,6 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+gc.disable()  # until everything is imported, which makes much and drops little
 if not usable():
     mount()
