@@ -42,11 +42,13 @@ def add_section(
     """Add or renew the section on training objectives in the model card of a folder.
 
     Args:
-        folder: holds the README.md that the Trainer wrote.
+        folder: holds the README.md that the Trainer wrote; without one, nothing is done.
         descriptions: `Objective.describe()` of each.
         history: the Trainer's `state.log_history`, for the clean loss.
     """
     path = Path(folder) / "README.md"
+    if not path.is_file():
+        return
     text = path.read_text(encoding="utf-8")
     if _BEGIN in text:
         text = text[: text.index(_BEGIN)].rstrip() + "\n" + text[text.index(_END) + len(_END) :]

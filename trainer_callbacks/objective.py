@@ -359,9 +359,10 @@ class Objective(TrainerCallback):
             cards.write_description(self.describe(), args.output_dir)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the objective's description beside the checkpoints."""
+        """Put the objective's description beside the checkpoints, and into the card, if there is one already."""
         if args.should_save:
             cards.write_description(self.describe(), args.output_dir)
+            self._add_to_card(args, state, kwargs["model"])
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -370,6 +371,13 @@ class Objective(TrainerCallback):
         cards.tag(kwargs.get("model"), self.name)
         if args.should_save:
             cards.write_description(self.describe(), args.output_dir)
+            self._add_to_card(args, state, kwargs["model"])
+
+    def _add_to_card(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Add the section on all objectives of the training to the card that the trainer wrote, once."""
+        here = objectives_on(extract_model_from_parallel(model, keep_torch_compile=False))
+        if here[:1] == [self]:
+            cards.add_section(args.output_dir, [one.describe() for one in here], state.log_history)
 
     # -- the engine: called by the hooks ------------------------------------------------------------
 

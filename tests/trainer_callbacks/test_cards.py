@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import Trainer
 
-from hf_ext.testing.example_objectives import Focal
+from hf_ext.testing.example_objectives import Focal, Roulette
+from hf_ext.testing.objective_processes import tiny_tokenizer
 from hf_ext.testing.objective_training import MASK, arguments, collate, examples, tiny_model
 from hf_ext.trainer_callbacks import MEAP, attach
 
@@ -36,6 +37,28 @@ def test_the_card_of_an_attached_objective_names_all_objectives_and_how_the_clea
         assert "- gamma: `1.5`" in card
         clean = [entry["clean_loss"] for entry in trainer.state.log_history if "clean_loss" in entry]
         assert f"{clean[0]:.4f} at step 1, {clean[-1]:.4f} at step 2" in card
+
+
+def test_plain_callbacks_add_to_the_card_that_trl_writes_with_each_checkpoint(tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    args = arguments(tmp_path, SFTConfig, max_steps=2, save_strategy="steps", save_steps=1, bf16=False)
+    trainer = SFTTrainer(
+        model=tiny_model(),
+        args=args,
+        train_dataset=Dataset.from_list(examples(16)),
+        processing_class=tiny_tokenizer(),
+        data_collator=collate,
+        callbacks=[MEAP(mask_ratio=0.2, mask_token_id=MASK), Roulette(share=0.1)],
+    )
+    trainer.train()
+    card = (tmp_path / "README.md").read_text()
+    assert "TRL" in card
+    assert card.count("## Training objective") == 1
+    assert "- mask_ratio: `0.2`" in card
+    assert "- share: `0.1`" in card
+    assert "at step 1, " in card
 
 
 @pytest.mark.parametrize("attached", [False, True])
