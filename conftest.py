@@ -45,11 +45,19 @@ def mount() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what was imported out of the garbage collector's sight: walking through it costs a tenth of the time."""
-    gc.collect()
-    gc.freeze()
+    """Let the garbage collector go, which stands still until everything is imported: imports make much, drop little."""
     gc.enable()
-    gc.set_threshold(20_000, 20, 20)  # of what is left, most lives for one test
+    gc.set_threshold(20_000, 20, 20)  # most of what a test makes goes with it, without the collector
+
+
+def pytest_runtest_logstart(location: tuple[str, int | None, str]) -> None:
+    """Take what lives at the start of a file out of the collector's sight: transformers' Trainer makes it walk through
+    everything after each training, which took longer than the training itself.
+    """
+    if location[0] != _file[0]:
+        _file[0] = location[0]
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -57,6 +65,7 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-gc.disable()  # until everything is imported, which makes much and drops little
+_file = [""]
+gc.disable()
 if not usable():
     mount()
