@@ -27,8 +27,10 @@ from hf_ext.benchmarks.objectives_measure import BARS, PLAIN, Method, Sizes
 from hf_ext.cli.output import CliError, print_table, quiet
 from hf_ext.verify.stamp import hardware, versions
 
-COLUMNS = ("objective", "work", "tokens/s", "step time", "lowest to highest", "bar", "read", "peak MiB", "memory")
-LOGITS_COLUMNS = ("objective", "logits", "tokens/s", "step time", "lowest to highest", "peak MiB", "memory")
+COLUMNS = (
+    "objective", "work", "tokens/s", "step time", "lowest to highest", "bar", "read", "FLOPs", "peak MiB", "memory"
+)  # fmt: skip
+LOGITS_COLUMNS = ("objective", "logits", "tokens/s", "step time", "lowest to highest", "FLOPs", "peak MiB", "memory")
 PARTS = ("training", "logits")
 
 
@@ -136,6 +138,8 @@ def _measured(
             "lowest": min(found["ratios"]), "highest": max(found["ratios"]), "rounds": found["ratios"],
             "bar": BARS.get(row["kind"]), "read": found.get("read"), "peak_mib": found.get("peak_mib"),
         }  # fmt: skip
+        if found.get("flops") and weights[PLAIN].get("flops"):
+            row["flops"] = found["flops"] / weights[PLAIN]["flops"]
         if row["peak_mib"] is not None and weights[PLAIN].get("peak_mib"):
             row["memory"] = row["peak_mib"] / weights[PLAIN]["peak_mib"]
         rows.append(row)
@@ -145,33 +149,37 @@ def _measured(
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """Say whether a step's ratio keeps its bar, where the objective reads what plain training reads.
+    """Say whether a step's ratio keeps its bar, and where it does not, whether it does for what is computed in it.
 
     Example:
         >>> verdict({"bar": 0.05, "ratio": 1.02, "read": 1.0}), verdict({"bar": 0.1, "ratio": 1.2, "read": 1.0})
         ('within 5 %', 'over 10 %')
         >>> verdict({"bar": 0.05, "ratio": 1.9, "read": 2.0}), verdict({"bar": None, "ratio": 3.0, "read": 2.0})
         ('within 5 % a token read', '')
+        >>> verdict({"bar": 0.1, "ratio": 2.1, "read": 1.0, "flops": 2.0})
+        'within 10 % a FLOP'
     """
     if not row["bar"]:
         return ""
-    read = row.get("read") or 1.0
-    read = read if read > 1.02 else 1.0  # a few tokens are probes at the beginning of a training
-    within = row["ratio"] / read <= 1 + row["bar"]
-    return f"{'within' if within else 'over'} {100 * row['bar']:.0f} %{' a token read' if read > 1 else ''}"
+    bar = f"{100 * row['bar']:.0f} %"
+    for work, name in ((1.0, ""), (row.get("read") or 1.0, " a token read"), (row.get("flops") or 1.0, " a FLOP")):
+        if row["ratio"] / work <= 1 + row["bar"]:
+            return f"within {bar}{name}"
+    return f"over {bar}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if row.get("problem"):
         return [row["name"], row["problem"], *[""] * (len(COLUMNS) - 2)]
-    return [row["name"], row["kind"] or "", *_times(row), verdict(row), _number(row["read"], ".2f"), *_memory(row)]
+    work = [_number(row.get(name), ".2f") for name in ("read", "flops")]
+    return [row["name"], row["kind"] or "", *_times(row), verdict(row), *work, *_memory(row)]
 
 
 def _logits_cells(row: dict[str, Any]) -> list[str]:
     if row.get("problem"):
         return [row["name"], row["problem"], *[""] * (len(LOGITS_COLUMNS) - 2)]
     logits = "without" if row["options"].get("without_logits") else "with"
-    return [row["name"], logits, *_times(row), *_memory(row)]
+    return [row["name"], logits, *_times(row), _number(row.get("flops"), ".2f"), *_memory(row)]
 
 
 def _times(row: dict[str, Any]) -> list[str]:
@@ -197,9 +205,12 @@ def markdown(record: dict[str, Any]) -> str:
         "*Step time* is that of an optimizer step over plain training's, data and collator included: the median over "
         f"{record['rounds']} rounds of the ratio to the plain runs before and after, {record['steps']} steps a run, "
         "with the lowest and highest round. *tokens/s* counts the tokens of the data. *Read* is what the model reads "
-        "in a step, over all passes and models, against the data's tokens: some methods lengthen texts, copy them or "
-        "take several passes, and pay for it by definition. The bars are 5 % for corruptions and 10 % for losses of a "
-        "single forward pass, a token read. *Peak* is the growth of resident memory in training, of a process of its "
+        "in a step, over all passes and models, against the data's tokens: some methods copy texts or take several "
+        "passes, and pay for it by definition. *FLOPs* are those of a step's matrix products and attentions, against "
+        "plain training's: heads and directions of attention that a method adds are in them. The bars are 5 % for "
+        "corruptions and 10 % for losses of a single forward pass; what does not keep its bar may keep it *a token "
+        "read* or *a FLOP*. Losses of statistics train without logits by themselves here, and rewritten rows stay as "
+        "long as the data's (`max_length`). *Peak* is the growth of resident memory in training, of a process of its "
         "own; *memory* is that against plain training. The clean loss, which is measured at logged steps only, is off.",
     ]  # fmt: skip
     for part, title, columns, cells in (

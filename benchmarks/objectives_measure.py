@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_ext import plugins
+from hf_ext.benchmarks.objectives_work import Work
 from hf_ext.benchmarks.speculative_measure import peak_memory, weights_memory
 
 PLAIN = "plain"
@@ -125,10 +126,16 @@ def methods(only: Sequence[str] = ()) -> list[Method]:
 
 
 def make(name: str, sizes: Sizes, **options: Any) -> Any:
-    """Build an objective; the clean loss is not measured, as at most steps of a real training."""
-    given = OPTIONS.get(name, {})
+    """Build an objective; the clean loss is not measured, as at most steps of a real training.
+
+    The rows are cut out of longer texts, and what rewrites them is told their length.
+    """
+    from hf_ext.trainer_callbacks import Rewriting
+
+    given, cls = OPTIONS.get(name, {}), plugins.get(name).load()
     fixed = given(sizes) if callable(given) else given
-    return plugins.get(name).load()(**{"clean_loss_every": 0, **fixed, **options})
+    length = {"max_length": sizes.length} if isinstance(cls, type) and issubclass(cls, Rewriting) else {}
+    return cls(**{"clean_loss_every": 0, **length, **fixed, **options})
 
 
 def options_of(name: str) -> str:
@@ -285,22 +292,6 @@ def timed(
     return {PLAIN: {"seconds": plain, "ratios": [1.0]}, **found}
 
 
-class Reader:
-    """Counts the tokens that models read in training passes."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._note)
-
-    def _note(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, torch.nn.Embedding) and args and args[0].dtype == torch.long:
-            self.tokens += args[0].numel()
-
-    def close(self) -> None:
-        """Stop counting."""
-        self._handle.remove()
-
-
 def weigh(name: str, sizes: Sizes, steps: int, threads: int, options: dict[str, Any]) -> dict[str, float | None]:
     """Measure one method's training in this process.
 
@@ -313,7 +304,8 @@ def weigh(name: str, sizes: Sizes, steps: int, threads: int, options: dict[str, 
 
     Returns:
         `peak_mib`, by which the resident memory grew at most over that before training, None where the system does not
-        tell; `weights_mib`, held before; `read`, tokens read in all passes of a step over those of its data.
+        tell; `weights_mib`, held before; `read`, tokens read in all passes of a step over those of its data; `flops`,
+        of a step.
     """
     torch.set_num_threads(threads)
     rows = data(sizes, sizes.rows * 4)
@@ -323,14 +315,11 @@ def weigh(name: str, sizes: Sizes, steps: int, threads: int, options: dict[str, 
         trainer = trainer_of(name, sizes, rows, steps, folder, **options)
         model: Any = trainer.model
         peak = peak_memory(trainer.train)
-        counted = trainer_of(name, small, rows[:8], 2, folder, **options)
-        reader = Reader()
-        try:
+        counted = trainer_of(name, sizes, rows, steps, folder, **options)
+        with Work() as work:
             counted.train()
-        finally:
-            reader.close()
-    read = reader.tokens / (2 * small.rows * small.length)
-    return {"peak_mib": peak, "weights_mib": weights_memory(model), "read": read}
+    read, flops = work.tokens / (steps * sizes.rows * sizes.length), work.flops / steps
+    return {"peak_mib": peak, "weights_mib": weights_memory(model), "read": read, "flops": flops}
 
 
 def weighed(

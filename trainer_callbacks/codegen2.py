@@ -151,8 +151,8 @@ class CodeGen2(MovedSpans):
         assert end is not None
         return self._arranged(parts, tail or [(end, end)], [(self._separator, self._separator)])
 
-    def _rewritten_text(self, text: list[Pair], draw: random.Random) -> list[Pair]:
-        new = super()._rewritten_text(text, draw)
+    def _rewritten_text(self, text: list[Pair], draw: random.Random, room: int | None) -> list[Pair]:
+        new = super()._rewritten_text(text, draw, room)
         if new is text or self.train_context:
             return new
         spans = [token for token, _ in new].index(self._separator) + 2  # behind the first mask

@@ -36,7 +36,9 @@ class Infilling(Rewriting):
             at generation; `"token"` cuts between tokens and needs no tokenizer.
         bos_token: text or id of what begins a document; None for the tokenizer's and the model's.
         eos_token: text or id of what ends a document; None likewise.
-        max_length: see `Rewriting`.
+        max_length: longest row. A text that would become longer loses as many tokens at its end, before its spans
+            are moved, so that no span is cut. With the length of rows that are cut out of longer texts, training
+            reads as many tokens as before. See `Rewriting`.
         pad_to_multiple_of: see `Rewriting`.
         seed: see `Rewriting`.
         clean_loss_every: see `Objective`.
@@ -142,7 +144,11 @@ class Infilling(Rewriting):
                 f"cannot follow them: put {type(self).__name__} first among the callbacks, or leave one out"
             )
         given = list(self._texts(list(zip(document.tokens, document.labels, strict=True))))
-        new = [self._rewritten_text(text, draw) for text in given]
+        new: list[list[Pair]] = []
+        room = self._limit
+        for text in given:
+            new.append(self._rewritten_text(text, draw, room))
+            room = None if room is None else max(0, room - len(new[-1]))
         if all(after is before for after, before in zip(new, given, strict=True)):
             return document
         pairs = list(itertools.chain.from_iterable(new))
@@ -157,24 +163,36 @@ class Infilling(Rewriting):
         if start < len(row):
             yield row[start:]
 
-    def _rewritten_text(self, text: list[Pair], draw: random.Random) -> list[Pair]:
+    def _rewritten_text(self, text: list[Pair], draw: random.Random, room: int | None) -> list[Pair]:
+        """Rewrite one text within the room that the row has left: what does not fit is missing at the text's end.
+
+        A row that was cut after it was rewritten would lose the end of a span.
+        """
         if any(token in self._sentinels for token, _ in text):
             return text  # rewritten before, or about sentinels: no inverse could tell which are whose
         start = self._prompt_length(text)
         stop = len(text) - (text[-1][0] in self._ends)
-        body = text[start:stop]
-        if all(label == -100 for _, label in body):
+        if all(label == -100 for _, label in text[start:stop]):
             return text
         plan = self.plan(draw)
         if plan is None:
             return text
+        body = text[start : stop if room is None else min(stop, room)]
+        tail = text[stop:] if len(body) == stop - start else []
         parts = self._cut_characters(plan, body, draw) if self.level == "character" else None
         if parts is None:
             spans = self.spans(plan, len(body), draw)
             parts = [body[a:b] for a, b in itertools.pairwise([0, *itertools.chain(*spans), len(body)])]
         if len(parts) == 1:
             return text
-        return text[:start] + self.arrange(plan, parts, text[stop:])
+        new = text[:start] + self.arrange(plan, parts, tail)
+        if room is None or len(new) <= room:
+            return new
+        excess = len(new) - room - len(tail)
+        shorter = text[:start] + self.arrange(plan, without_end(parts, max(0, excess)), [])
+        if len(shorter) > room:  # what the objective puts at the end in place of the tail
+            shorter = text[:start] + self.arrange(plan, without_end(parts, excess + len(shorter) - room), [])
+        return shorter if len(shorter) <= room else text
 
     def _prompt_length(self, text: list[Pair]) -> int:
         """Count the tokens that stay in front: bos and prompt."""
@@ -207,6 +225,25 @@ class Infilling(Rewriting):
                 "documents are cut between tokens.",
                 stacklevel=2,
             )
+
+
+def without_end(parts: Sequence[list[Pair]], count: int) -> list[list[Pair]]:
+    """Return the parts of a text without its last tokens.
+
+    Args:
+        parts: in the order of the text.
+        count: of these tokens.
+
+    Example:
+        >>> without_end([[(5, 5), (6, 6)], [(7, 7)], [(8, 8)]], 2)
+        [[(5, 5), (6, 6)], [], []]
+    """
+    kept, left = [], count
+    for part in reversed(parts):
+        gone = min(left, len(part))
+        kept.append(part[: len(part) - gone])
+        left -= gone
+    return kept[::-1]
 
 
 def special_ids(name: str, tokenizer: Any, config: Any) -> frozenset[int]:

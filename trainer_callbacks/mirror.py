@@ -65,9 +65,11 @@ class Mirror:
         if self._parts is None or not (isinstance(mask, Tensor) and mask.ndim == 4 and len(mask) == len(query)):
             return self._mirrored(module, query, key, value, mask, self.positions, call), None
         rows, others, back = self._parts
-        ahead, behind = ([part.index_select(0, at) for part in (query, key, value, mask)] for at in (rows, others))
+        (q, k, v, seen), behind = (
+            [part.index_select(0, at) for part in (query, key, value, mask)] for at in (rows, others)
+        )
         places = self.positions if len(self.positions) == 1 else self.positions[rows]
-        found = self._mirrored(module, *ahead, places, call), plain(module, *behind, **call)[0]
+        found = self._mirrored(module, q, k, v, seen, places, call), plain(module, *behind, **call)[0]
         return torch.cat(found).index_select(0, back), None
 
     def _mirrored(

@@ -93,7 +93,8 @@ class SelfTerminating(Objective):
             return statistics.nll.sum(), count
         places = noise.document_positions(self.batch)[self.rows, self.columns]
         end_loss, stay = termination(statistics, places.to(targets.device) + 1, self.epsilon, self.free)
-        ends = targets == self._eos
+        assert self._eos is not None
+        ends = targets.eq(self._eos)
         losses = torch.where(ends, end_loss, statistics.nll - stay)
         with torch.no_grad():
             self.record("end_probability", (-end_loss).exp().sum(), count)

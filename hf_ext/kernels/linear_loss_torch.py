@@ -151,6 +151,6 @@ def by_parts(
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Add `a @ b` in place, in the dtype of the total."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     else:
         total.add_(a @ b)

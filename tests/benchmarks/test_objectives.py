@@ -10,7 +10,8 @@ import torch
 
 from hf_ext import plugins
 from hf_ext.benchmarks import objectives, objectives_measure
-from hf_ext.benchmarks.objectives_measure import Clock, Reader, Sizes
+from hf_ext.benchmarks.objectives_measure import Clock, Sizes
+from hf_ext.benchmarks.objectives_work import Work
 from hf_ext.cli.output import CliError
 from hf_ext.plugins import Plugin
 
@@ -62,17 +63,38 @@ def test_a_run_prints_ratios_and_writes_its_record(
 
 @pytest.mark.usefixtures("examples")
 def test_passes_are_counted_by_the_tokens_that_the_model_reads(tmp_path: Path) -> None:
-    read = {}
+    read, flops = {}, {}
     rows = objectives_measure.data(TINY, 4)
     for name in ("plain", "twice"):
         trainer = objectives_measure.trainer_of(name, TINY, rows, 1, str(tmp_path))
-        reader = Reader()
-        trainer.train()
-        reader.close()
-        read[name] = reader.tokens
+        with Work() as work:
+            trainer.train()
+        read[name], flops[name] = work.tokens, work.flops
     assert read == {"plain": 64, "twice": 128}
+    assert 1.5 < flops["twice"] / flops["plain"] < 2.5, flops
     torch.nn.Embedding(4, 4)(torch.tensor([1]))
-    assert reader.tokens == 128, "the hook outlived close()"
+    assert work.tokens == 128, "the hook outlived the block"
+
+
+def test_a_causal_attention_counts_the_pairs_that_it_looks_at() -> None:
+    states = torch.ones(2, 3, 9, 4)
+    counted = []
+    for causal in (True, False):
+        with Work() as work:
+            torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=causal)
+        counted.append(work.flops)
+    assert counted == [2 * 2 * 2 * 3 * 45 * 4, 2 * 2 * 2 * 3 * 81 * 4]
+
+
+def test_rewritten_rows_keep_the_length_of_the_data(tmp_path: Path) -> None:
+    rows, lengths = objectives_measure.data(TINY, 4), set()
+    for name in ("ul2", "cm3"):
+        trainer = objectives_measure.trainer_of(name, TINY, rows, 2, str(tmp_path))
+        trainer.model.register_forward_pre_hook(
+            lambda *given: lengths.add(given[-1]["input_ids"].shape[1]), with_kwargs=True
+        )
+        trainer.train()
+    assert lengths == {32}
 
 
 def test_data_begins_with_a_prompt_that_is_not_trained_on() -> None:

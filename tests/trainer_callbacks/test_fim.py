@@ -15,7 +15,7 @@ from hf_ext import demo
 from hf_ext.testing.objective import ObjectiveInProcess
 from hf_ext.testing.objective_processes import tiny_tokenizer
 from hf_ext.testing.objective_training import BOS, EOS, arguments, collate, examples, logged, tiny_model, train
-from hf_ext.trainer_callbacks import FIM, Document
+from hf_ext.trainer_callbacks import CM3, FIM, CodeGen2, Document
 from hf_ext.trainer_callbacks.characters import Characters
 from hf_ext.trainer_callbacks.fim import MODES, SPELLINGS, FIMTokens, fim, unfim
 
@@ -355,3 +355,49 @@ def test_columns_of_another_objective_are_refused():
 def test_options_out_of_range_are_refused_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         FIM(**options)
+
+
+@pytest.mark.parametrize("name", ["fim", "spm", "cm3", "codegen2"])
+def test_a_row_that_would_become_too_long_lacks_the_end_of_its_text_and_of_no_span(name):
+    marks = {"mask_tokens": [64, 65, 66], "end_token": 67, "max_spans": 3}
+    made = {
+        "fim": lambda limit: ready(max_length=limit),
+        "spm": lambda limit: ready(max_length=limit, spm="spm", spm_rate=1.0),
+        "cm3": lambda limit: CM3(min_spans=1, max_length=limit, **marks),
+        "codegen2": lambda limit: CodeGen2(causal_share=0, mean_span=2, separator_token=68, max_length=limit, **marks),
+    }[name]
+    config = LlamaConfig(bos_token_id=BOS, eos_token_id=EOS)
+    cut = 0
+    for seed, ends in itertools.product(range(40), (False, True)):
+        draw = random.Random(seed)
+        text = [draw.randint(5, 60) for _ in range(draw.randint(2, 14))] + [EOS] * ends
+        limit = len(text) + draw.randint(0, 8)
+        rows = []
+        for longest in (limit, None):
+            objective = made(longest)
+            objective.resolve(None, config)
+            objective._limit = longest
+            rows.append(objective.rewrite(Document(list(text), list(text)), random.Random(seed)).tokens)
+        row, whole = rows
+        assert len(row) <= limit
+        if len(whole) <= limit:
+            assert row == whole
+            continue
+        cut += 1
+        kept = [token for token in objective.restore(row) if token != EOS]
+        # spans of the whole row, without the last tokens of the text; or the text as it was, where marks have no room
+        assert kept == text[: len(kept)] or row == text, (text, row)
+        assert row == text or len(row) >= limit - ends, "more is missing than had to be"
+    assert cut > 10
+
+
+def test_cut_at_characters_a_row_keeps_to_its_length_too(tokenizer):
+    tokens = tokenizer("def add(first, second):\n    return first + second\n" * 3)["input_ids"]
+    for seed in range(20):
+        objective = ready(tokenizer, max_length=len(tokens))
+        objective._limit = len(tokens)
+        row = objective.rewrite(Document(list(tokens), list(tokens)), random.Random(seed)).tokens
+        assert len(row) <= len(tokens)
+        text = tokenizer.decode([token for token in objective.restore(row) if token != EOT])
+        assert tokenizer.decode(tokens).startswith(text)
+        assert len(text) > 100
