@@ -555,18 +555,19 @@ def attends_by_code_of_its_own(config: type) -> bool:
 def eviction_problem(config: Any) -> str | None:
     """Say why entries cannot be dropped from the cache of a model, or None where they can.
 
-    Attention that is code of a model's own may count distances by the entries that are there, for ALiBi or for local
-    windows. Rotations by the positions of the tokens do not. Stands on `rope_parameters` and `alibi` of configurations.
+    Learned biases, ALiBi and local windows in code of a model's own count distances by the entries that are there.
+    Rotations by the positions of the tokens do not. Stands on `rope_parameters`, `alibi` and
+    `relative_attention_num_buckets` of configurations.
     """
     kind: type = type(config)
-    if not attends_by_code_of_its_own(kind):
+    rotates = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+    if hasattr(config, "relative_attention_num_buckets"):
+        reason = "it has a learned position bias"
+    elif attends_by_code_of_its_own(kind) and not rotates:
+        reason = "its attention is code of its own, with ALiBi or local windows"
+    else:
         return None
-    if getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False):
-        return None
-    return (
-        "its attention is code of its own that counts distances by the entries which are there, as ALiBi and local "
-        "windows do; when some are dropped, others would seem nearer"
-    )
+    return f"{reason}, which counts distances by the entries that are there; when some are dropped, others seem nearer"
 
 
 def sdpa_function() -> Callable[..., tuple[torch.Tensor, None]]:

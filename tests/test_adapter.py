@@ -802,9 +802,10 @@ def test_compression_problem():
 
 def test_eviction_problem():
     import transformers.models.bloom.modeling_bloom
-    import transformers.models.falcon.modeling_falcon  # noqa: F401
+    import transformers.models.falcon.modeling_falcon
 
-    with stands_on("rope_parameters and alibi of configurations"):
+    with stands_on("rope_parameters, alibi and relative_attention_num_buckets of configurations"):
+        assert "learned" in adapter.eviction_problem(tiny_models.shared("t5").config)
         assert "ALiBi" in adapter.eviction_problem(transformers.BloomConfig())
         assert adapter.eviction_problem(transformers.FalconConfig(alibi=True)) is not None
         assert adapter.eviction_problem(transformers.FalconConfig(alibi=False)) is None

@@ -148,6 +148,21 @@ class CompressedCache(Cache):
             return
         raise ValueError(f"quantised storage cannot be combined with this: {reason}")
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new tokens of a layer to it; see `CompressedLayer.update`.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache was made for a model of {len(self.layers)} layers, and this one has more: give "
+                "CompressedCache the config of the model that uses it"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     # What a user asks.
 
     def resident_bytes(self) -> int:

@@ -195,10 +195,11 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
     def _check_attended(self) -> None:
         if self._new is not None:
             raise ValueError(
-                f"layer {self.number} was updated, but its attention has not come back to the cache; under "
-                "attn_implementation='hf_ext' a model must hand what the cache returns to its attention as it is. One "
-                "that caches something else than keys and values, as multi-head latent attention does, runs under "
-                "'sdpa', with a policy that looks at neither queries nor attention"
+                f"layer {self.number} was updated, but its attention has not come back to the cache. The config that "
+                "the cache was given says attn_implementation='hf_ext': the model must run with it, too, not compiled, "
+                "and hand what the cache returns to its attention as it is. One that caches something else than keys "
+                "and values, as multi-head latent attention does, runs under 'sdpa', with a policy that looks at "
+                "neither queries nor attention"
             )
 
     def _update_for_others(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,19 +327,22 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         queries = {"queries": self.queries, "query_real": self.query_real}
         return {**self.store.state(), **{name: tensor for name, tensor in queries.items() if tensor is not None}}
 
-    def restore(self, state: dict[str, Tensor], seen: int, pads: list[int], device: torch.device) -> None:
+    def restore(
+        self, state: dict[str, Tensor], seen: int, prefilled: int, pads: list[int], device: torch.device
+    ) -> None:
         """Hold what `state` has returned.
 
         Args:
             state: see there.
             seen: tokens seen.
+            prefilled: tokens seen up to the last prefill.
             pads: padding among them, for each row.
             device: on which the tensors are.
         """
         self.queries, self.query_real = state.pop("queries", None), state.pop("query_real", None)
         self.store.restore(state)
         self.seen, self.pads, self.device, self.dtype = seen, list(pads), device, state["keys"].dtype
-        self.prefilled = seen
+        self.prefilled = prefilled
         self.is_initialized = True
 
     # What attention calls.
@@ -386,6 +390,8 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         if isinstance(self.store, PackedStore) and attending_packed.reads_codes(self.store, query, given, plain):
             output, sums = attending_packed.attend_packed(self.store, query, given, step.scale, softcap, sinks)
             step.column_sums = sums if at_once else None
+        elif at_once and not plain and attending.sees_all(self, given, query):
+            output, step.column_sums = attending.attend_one(self.store, query, step.scale, softcap, sinks)
         elif not isinstance(self.store, RaggedStore):
             seen = attending.visible(self, given, held, query)
             if policy.gated:
@@ -462,7 +468,12 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         counts = policy.column_sums and self.drops()
         seen = attending.seen(self, passes) if policy.queries or counts else None
         if seen is not None and counts:
-            self.store.note(policy.observe(self.open_entries(), seen))
+            open_ = self.store.recent if isinstance(self.store, PackedStore) else self.store
+            if policy.adds and isinstance(open_, DenseStore):
+                assert seen.column_sums is not None
+                open_.add(policy.adds, seen.column_sums)
+            else:
+                self.store.note(policy.observe(self.open_entries(), seen))
         keep = self.allowance()
         allowed = keep if prefill else [count + policy.slack(count) for count in keep]
         if due and (policy.gated or self.store.surplus(allowed)):

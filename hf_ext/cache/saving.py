@@ -44,7 +44,7 @@ def save(cache: CompressedCache, path: str | Path) -> None:
             if layer.pending:
                 raise ValueError("the cache records tokens that may be forgotten; call cache.crop(0) before saving it")
             state = layer.state()
-            layers.append({"seen": layer.seen, "pads": layer.pads})
+            layers.append({"seen": layer.seen, "prefilled": layer.prefilled, "pads": layer.pads})
         else:
             state = {
                 name: getattr(layer, name) for name in ("keys", "values") if getattr(layer, name, None) is not None
@@ -93,7 +93,7 @@ def load(kind: type[CompressedCache], path: str | Path, config: Any, device: tor
         head = f"layers.{number}."
         state = {name.removeprefix(head): t for name, t in tensors.items() if name.startswith(head)}
         if isinstance(layer, CompressedLayer):
-            layer.restore(state, noted["seen"], noted["pads"], torch.device(device))
+            layer.restore(state, noted["seen"], noted["prefilled"], noted["pads"], torch.device(device))
         elif state:
             layer.update(state["keys"], state["values"])
             if hasattr(layer, "cumulative_length"):

@@ -7,6 +7,8 @@ import gc
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from hf_ext.cache import H2O, AdaKV, CompressedCache, Knorm, StreamingLLM
@@ -112,8 +114,19 @@ def test_a_saved_prompt_is_gone_on_with(tmp_path):
         again = CompressedCache.load(tmp_path / "prompt.safetensors", model.config)
         assert again.policy == policy
         assert again.resident_bytes() <= cache.resident_bytes()
+        assert again.nominal_bytes() == cache.nominal_bytes()
         texts = [model.generate(ids, attention_mask=mask, past_key_values=c, **GREEDY).tolist() for c in (cache, again)]
         assert texts[0] == texts[1]
+    cache = CompressedCache(model.config, Knorm(budget=5, when="prefill"))
+    model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    cache.save(tmp_path / "prompt.safetensors")
+    again = CompressedCache.load(tmp_path / "prompt.safetensors", model.config)
+    assert again.nominal_bytes() == cache.nominal_bytes(), "what was decoded since is part of the budget"
+    with safe_open(tmp_path / "prompt.safetensors", framework="pt") as file:
+        old = {**file.metadata(), "format": "hf_ext compressed cache 1"}
+        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "old.safetensors", metadata=old)  # noqa: SIM118
+    with pytest.raises(ValueError, match="has the layout 'hf_ext compressed cache 1', this version of hf_ext reads"):
+        CompressedCache.load(tmp_path / "old.safetensors", model.config)
     with pytest.raises(ValueError, match="this one has"):
         CompressedCache.load(tmp_path / "prompt.safetensors", model_of("llama").config)
     with pytest.raises(ValueError, match="cache is empty"):
@@ -215,7 +228,7 @@ def test_what_was_dropped_or_counted_cannot_be_forgotten():
 
 
 def test_models_that_count_distances_by_entries_are_refused():
-    """What is dropped would move the others: silently in BLOOM and GPT-Neo."""
+    """What is dropped would move the others: silently in BLOOM, GPT-Neo and T5."""
     import transformers
 
     shape = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -225,6 +238,9 @@ def test_models_that_count_distances_by_entries_are_refused():
         model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
         with pytest.raises(ValueError, match=r"cannot be compressed.*ALiBi"):
             model(ids, past_key_values=CompressedCache(model.config, Knorm(budget=6)))
+    model = tiny_models.build("t5")
+    with pytest.raises(ValueError, match=r"cannot be compressed.*learned position bias"):
+        model.generate(ids, past_key_values=CompressedCache(model.config, Knorm(budget=6)), **GREEDY)
     model = tiny_models.fill(transformers.FalconForCausalLM(transformers.FalconConfig(**falcon, alibi=False)))
     cache = CompressedCache(model.config, Knorm(budget=6))
     model(ids, past_key_values=cache)
@@ -267,6 +283,12 @@ def test_another_number_of_rows_is_refused():
     model(torch.arange(1, 13)[None], past_key_values=cache)
     with pytest.raises(ValueError, match="holds 1 rows, the model runs 2"):
         model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_a_model_with_more_layers_is_refused():
+    cache = CompressedCache(tiny_models.build("llama", num_hidden_layers=1).config, Knorm(budget=6))
+    with pytest.raises(ValueError, match="a model of 1 layers, and this one has more"):
+        tiny_models.shared("llama")(torch.arange(1, 13)[None], past_key_values=cache)
 
 
 def test_gradients_flow_through_a_first_pass():
