@@ -459,7 +459,7 @@ def refill_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor, dropped: 
     """Make a layer hold the last columns of a sequence; the reverse of `layer_tensors`.
 
     Args:
-        layer: a layer of which `layer_tensors` has returned tensors.
+        layer: a layer that grows, or one of which `layer_tensors` has returned tensors.
         keys: `(batch, heads, columns, width)`.
         values: likewise.
         dropped: columns of the sequence before them.
@@ -482,6 +482,8 @@ def refill_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor, dropped: 
         if sliding:
             layer.cumulative_length_int = dropped + columns
         return
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
     if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
         layer.cumulative_length = dropped + columns
         keys, values = keys[:, :, -layer.sliding_window + 1 :], values[:, :, -layer.sliding_window + 1 :]
@@ -501,13 +503,12 @@ def ignores_ids(part: Any) -> bool:
     return kind.__module__.startswith("transformers.generation.") and kind.__name__ in _IDS_BLIND
 
 
-def release_cache(cache: Cache) -> None:
-    """Let go of what a cache that grows holds (its tensors, not its shape); `refill_layer` fills it again."""
+def release_layer(layer: Any) -> None:
+    """Let go of the tensors of a layer that grows, not of its shape; `refill_layer` fills it again."""
     from transformers import cache_utils
 
-    for layer in cache.layers:
-        if isinstance(layer, cache_utils.DynamicLayer) and layer.is_initialized:
-            layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
+    if isinstance(layer, cache_utils.DynamicLayer) and layer.is_initialized:
+        layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
 
 
 def is_loaded(module: torch.nn.Module) -> bool:

@@ -522,11 +522,11 @@ def test_refill_layer(kind: str, static: bool) -> None:
                 adapter.refill_layer(other.layers[0], torch.zeros(1, 2, 40, 8), torch.zeros(1, 2, 40, 8), 0)
 
 
-def test_release_cache() -> None:
+def test_release_layer() -> None:
     with stands_on("the tensors of dynamic layers"):
-        cache = filled("gemma3")
-        adapter.release_cache(cache)
-        assert all(adapter.layer_tensors(layer) is None for layer in cache.layers)
+        for layer in filled("gemma3").layers:
+            adapter.release_layer(layer)
+            assert adapter.layer_tensors(layer) is None
 
 
 def test_ignores_ids() -> None:

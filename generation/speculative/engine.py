@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_ext import adapter
 from hf_ext.generation.ragged import RaggedRows
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.speculative.acceptance import deterministic
@@ -113,11 +112,9 @@ class _Loop:
         context.target, context.outputs = target, outputs
         prompts = [length - guesses for length in target.lengths]
         self.ledger.prompt(prompts)
-        self._prompt_columns = int(run.cache.get_seq_length()) - guesses
+        self._prompt_columns = target.columns - guesses
         # Tokens in the cache that are not among the ids: those of an earlier call, or embeddings.
         self._unseen = [n - len(text) for n, text in zip(prompts, context.texts, strict=True)]
-        if not run.cache_was_given:
-            adapter.release_cache(run.cache)  # what it held is in the target's own cache now
         tree = ahead
         if tree is None:
             with self.ledger.time("draft"):

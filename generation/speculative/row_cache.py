@@ -14,12 +14,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from hf_ext import adapter
 
 #: Columns that a sliding-window layer may hold beyond its window before it drops some.
 SLACK = 64
+#: Columns that trees of usual size take beyond the longest text.
+SCRATCH = 64
 
 
 class Columns:
@@ -35,7 +37,7 @@ class Columns:
         start: first column of the tokens to be written, if it is the same in every lane.
         slots: `(lanes, n)` int64 columns of the tokens to be written, otherwise.
         stop: columns that attention reads.
-        limit: columns there can be, None for any number.
+        limit: columns that the longest text takes, None if that is not known.
     """
 
     def __init__(self, lanes: int, window: int | None, drops: bool = True) -> None:
@@ -211,8 +213,11 @@ class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self.values = self.values.index_select(0, lanes.to(self.values.device))
 
     def _room(self, needed: int) -> int:
-        room = needed + max(needed // 8, 64)  # few copies, and never much more than is needed
-        return room if self.columns.limit is None else max(min(room, self.columns.limit), needed)
+        room, limit = needed + max(needed // 8, 64), self.columns.limit  # few copies, never much more than is needed
+        if limit is None:
+            return room
+        # A chain stays within the text. Trees that do not get the columns of all to come at once, lest each copy.
+        return min(room, limit) if needed <= limit else max(min(room, limit + SCRATCH), needed)
 
     def _grow(self, needed: int) -> None:
         if self.fixed:
@@ -241,7 +246,8 @@ class RowCache(Cache):
         windows: sliding window of each of the model's layers, None for those without.
         lanes: number of lanes.
         kept: `(lanes, columns)` bool, the columns of `model_cache` that hold tokens.
-        limit: tokens there will be at most, trees included; None if that is not known.
+        limit: tokens of the longest text there will be, None if that is not known.
+        release: whether `model_cache` lets go of the tokens, layer by layer, so that none is held twice.
     """
 
     def __init__(
@@ -251,6 +257,7 @@ class RowCache(Cache):
         lanes: int,
         kept: torch.Tensor | None = None,
         limit: int | None = None,
+        release: bool = False,
     ) -> None:
         self.groups: dict[int | None, Columns] = {}
         layers = []
@@ -272,6 +279,9 @@ class RowCache(Cache):
                     new.dtype, new.device, new.is_initialized = new.keys.dtype, new.keys.device, True
                 new.fill(keys, values, [row.nonzero().flatten() for row in here])
                 columns.dropped = kept[:, :dropped].sum(1).tolist()
+                if release:
+                    del held, keys, values
+                    adapter.release_layer(layer)
             layers.append(new)
         super().__init__(layers=layers)
 
@@ -319,3 +329,10 @@ def write_back(cache: Cache, rows: list[list[tuple[torch.Tensor, torch.Tensor]]]
                     new[:, stop - count : stop] = tokens[:, tokens.shape[1] - count :]
             tables.append(table)
         adapter.refill_layer(layer, tables[0], tables[1], total - held)
+
+
+def windows_of(model: PreTrainedModel, cache: Cache) -> list[int | None]:
+    """Return the sliding window of each layer of a cache, as the model's own cache would have it."""
+    own = adapter.empty_cache(model).layers
+    layers = own if len(own) == len(cache.layers) else cache.layers
+    return [adapter.layer_window(layer) for layer in layers]

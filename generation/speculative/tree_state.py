@@ -15,17 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
-from transformers.generation import MaxLengthCriteria
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_ext import adapter
 from hf_ext.generation.run import DecodingRun
-from hf_ext.generation.speculative.row_cache import RowCache, write_back
+from hf_ext.generation.speculative.reading import read_prompts
+from hf_ext.generation.speculative.row_cache import RowCache, windows_of, write_back
 from hf_ext.generation.speculative.tree_attention import TreeStructure, mask_for, structure_of
-
-#: Columns that trees of usual size take; what is reserved beyond the longest text.
-SCRATCH = 64
 
 
 class TreeState:
@@ -45,6 +42,7 @@ class TreeState:
         positions: token positions they evaluated, over all lanes.
         tree: for every lane the parents of the nodes evaluated since the last `settle`.
         call: what evaluates the model; the model itself.
+        columns: columns of the cache that the prompts took, padding included, and guesses behind them.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class TreeState:
         text = model.config.get_text_config(decoder=True)
         self.context = adapter.position_table(model)
         self.tree: list[tuple[int, ...]] = [()] * len(lengths)
-        self.calls = self.positions = 0
+        self.calls = self.positions = self.columns = 0
         self._kinds = _kinds(text, cache)
         self._implementation = adapter.attention_implementation(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -78,7 +76,7 @@ class TreeState:
         problem = adapter.row_addressing_problem(cache)
         if problem is not None:
             raise ValueError(f"{type(model).__name__} cannot forget tokens that were rejected: {problem}")
-        return cls(model, RowCache(cache, _windows(model, cache), lanes, limit=limit), [0] * lanes)
+        return cls(model, RowCache(cache, windows_of(model, cache), lanes, limit=limit), [0] * lanes)
 
     @classmethod
     def from_prompt(cls, run: DecodingRun, ahead: torch.Tensor | None = None) -> tuple[TreeState, ModelOutput]:
@@ -96,36 +94,20 @@ class TreeState:
         Raises:
             ValueError: the cache cannot be addressed by row.
         """
-        name = run.report.strategy
-        advice = "; leave past_key_values and cache_implementation out, or pass a DynamicCache or a StaticCache"
-        if run.cache is not None:
-            problem = adapter.row_addressing_problem(run.cache)
-            if problem is not None:
-                raise ValueError(f"{name} has to forget tokens that were rejected, but {problem}{advice}")
-        outputs = run.prefill(ahead)
-        problem = adapter.row_addressing_problem(run.cache)
-        if problem is None and int(run.cache.get_seq_length()) == 0:
-            problem = "the model filled no cache"
-        if problem is not None:
-            raise ValueError(f"{name} has to forget tokens that were rejected, but {problem}{advice}")
-        kwargs = dict(run.model_kwargs)
-        columns, batch = int(run.cache.get_seq_length()), len(run.input_ids)
-        mask = kwargs.pop("attention_mask", None)
-        kept = torch.ones(batch, columns, dtype=torch.bool) if mask is None else mask[:, :columns].bool().cpu()
+        cache, lengths, columns, outputs = read_prompts(run, ahead)
+        kwargs, batch = dict(run.model_kwargs), len(run.input_ids)
         positions = kwargs.pop("position_ids", None)  # of the next token: (batch, ...) or (axes, batch, ...)
+        kwargs.pop("attention_mask", None)
         kwargs.pop("inputs_embeds", None)
         kwargs.pop("past_key_values", None)
-        lengths = kept.sum(1).tolist()
         offset = None
         if positions is not None:
             ahead = positions[..., -1:].expand(*positions.shape[:-2], batch, 1)
             offset = ahead - torch.tensor(lengths, device=positions.device)[:, None]
             if not bool(offset.any()):
                 offset = None
-        room = [int(c.max_length) for c in run.stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        limit = max(lengths) + min(room) - run.prompt_length + SCRATCH if room else None
-        cache = RowCache(run.cache, _windows(run.model, run.cache), batch, kept, limit)
         state = cls(run.model, cache, lengths, offset, _of_batch(kwargs, batch))
+        state.columns = columns
         switch = adapter.rotation_switch(run.model)
         if switch is not None and max(lengths) <= switch[1]:
             state.context = switch[1]  # the text ends before, and a draft beyond it would turn the text another way
@@ -147,7 +129,7 @@ class TreeState:
             return False
         total = prompt + columns
         places = getattr(run.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        windows = [window for window in _windows(run.model, run.cache) if window is not None]
+        windows = [window for window in windows_of(run.model, run.cache) if window is not None]
         return total < min(windows, default=total + 1) and (places is None or total <= places)
 
     @property
@@ -317,13 +299,6 @@ def _kinds(config: Any, cache: RowCache) -> dict[str, int | None] | None:
     for name, layer in zip(config.layer_types, cache.layers, strict=False):
         kinds.setdefault(name, layer.columns.window)  # later ones may use the keys of an earlier one, and keep none
     return kinds
-
-
-def _windows(model: PreTrainedModel, cache: Cache) -> list[int | None]:
-    """Return the sliding window of each layer of a cache, as the model's own cache would have it."""
-    own = adapter.empty_cache(model).layers
-    layers = own if len(own) == len(cache.layers) else cache.layers
-    return [adapter.layer_window(layer) for layer in layers]
 
 
 def _generic_preparation() -> Any:
