@@ -11,16 +11,13 @@ seeds that are not judged.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import statistics
-import tempfile
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel
 
+from hf_ext.claims.small_training import small_model, train
 from hf_ext.trainer_callbacks.bico import BICO
 from hf_ext.verify import Claim, Measurement, Threshold
 
@@ -51,16 +48,6 @@ def facts() -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     return forward + backward[2 * FACTS :], forward[: 2 * FACTS], backward[: 2 * FACTS]
 
 
-def small_model(seed: int) -> PreTrainedModel:
-    """Build a Llama-shaped model of two layers and hidden size 64."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=BOS, eos_token_id=EOS,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
 @functools.cache
 def accuracies(kind: str, seed: int) -> tuple[float, float]:
     """Train a model and return its accuracy forward and reversed.
@@ -69,22 +56,14 @@ def accuracies(kind: str, seed: int) -> tuple[float, float]:
         kind: `BICO`, `BICO without mirror` or `next-token`.
         seed: of weights, order of the data and masks.
     """
-    model, (told, forward, backward) = small_model(seed), facts()
-    callbacks = [] if kind == "next-token" else [BICO(mask_token=MASK, mirror=kind == "BICO", clean_loss_every=0)]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = TrainingArguments(
-            folder, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=RATE, weight_decay=DECAY,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=20, seed=seed, logging_strategy="no",
-            save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        Trainer(model, args, train_dataset=told, data_collator=collate, callbacks=callbacks).train()
+    special = {"pad_token_id": 0, "bos_token_id": BOS, "eos_token_id": EOS}
+    model, (told, forward, backward) = small_model(seed, VOCABULARY, **special), facts()
+    objective = None if kind == "next-token" else BICO(mask_token=MASK, mirror=kind == "BICO")
+    train(
+        model, objective, told, steps=STEPS, batch=ROWS, rate=RATE, seed=seed, weight_decay=DECAY,
+        lr_scheduler_type="constant_with_warmup",
+    )  # fmt: skip
     return right(model, forward), right(model, backward)
-
-
-def collate(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Stack sentences; every token is a label."""
-    batch = torch.tensor(rows)
-    return {"input_ids": batch, "labels": batch.clone()}
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 from hf_ext import demo
 from hf_ext.claims import held_out
 from hf_ext.claims.held_out import mean
-from hf_ext.claims.tuned_on_code import DATA, all_labels, rows, tuned
+from hf_ext.claims.small_training import all_labels
+from hf_ext.claims.tuned_on_code import DATA, rows, tuned
 from hf_ext.generation import MultiTokenDrafting
 from hf_ext.generation.heads import MultiTokenHead
 from hf_ext.trainer_callbacks import CAFT, TrainDraftHead

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_ext import demo
 from hf_ext.claims.held_out import load, prompts
-from hf_ext.claims.tuned_on_code import DATA, all_labels, held_out_loss, rows
+from hf_ext.claims.small_training import all_labels
+from hf_ext.claims.tuned_on_code import DATA, held_out_loss, rows
 from hf_ext.trainer_callbacks.hyperfitting import Hyperfitting
 from hf_ext.verify import Claim, Measurement, Threshold
 

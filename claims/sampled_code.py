@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ext.claims.held_out import load, mean
-from hf_ext.claims.tuned_on_code import held_out_loss, rows, tuned
+from hf_ext.claims.tuned_on_code import DATA, held_out_loss, rows, tuned
 from hf_ext.metrics.repetition import ngrams, rep_n
 from hf_ext.trainer_callbacks import Objective
 from hf_ext.trainer_callbacks.trajectories import sample
-from hf_ext.verify import Measurement
+from hf_ext.verify import Claim, Measurement, Threshold
 
 #: Windows of held-out files, and how many of their tokens a model is given.
 TEXTS, GIVEN, LENGTH = 256, 24, 64
@@ -32,6 +32,8 @@ HELD_OUT_ROWS = 64
 COOLER = 0.9
 SEEDS = (0, 1, 2)
 STEPS, BATCH, RATE = 60, 8, 1e-3
+#: What counts as equal likelihood.
+NATS = 0.05
 PAIRS, LOSS = "divergence of pairs", "held-out loss"
 
 
@@ -115,4 +117,54 @@ def less(found: dict[str, dict[str, list[float]]], figure: str, by: float = 1.0)
         spread_of=f"lowest and highest of {len(SEEDS)} seeds",
         seeds=SEEDS,
         details=details,
+    )
+
+
+def zero_strength(objective: Objective) -> Measurement:
+    """Return the largest difference between weights trained with an objective of no strength and without one."""
+    pairs = zip(*(tuned(one, 0, steps=10).state_dict().values() for one in (objective, None)), strict=True)
+    return Measurement(max(float((left - right).abs().max()) for left, right in pairs), seeds=(0,))
+
+
+def claims(
+    name: str,
+    make: Callable[[], Objective],
+    make_null: Callable[[], Objective],
+    *,
+    null: tuple[str, str, str],
+    likelihood: str,
+) -> tuple[Claim, ...]:
+    """Return the claims of a loss that is to make what a model samples better.
+
+    Args:
+        name: of the method.
+        make: the objective.
+        make_null: the objective of no strength.
+        null: name and texts of the claim that the latter is plain training.
+        likelihood: what the paper says of the likelihood.
+    """
+    trained = functools.cache(lambda: both(make))  # once for all claims
+    return (
+        Claim(*null, threshold=Threshold("==", 0), check=lambda: zero_strength(make_null()), seconds=3, data=DATA),
+        Claim(
+            name="divergence",
+            paper=f"Text sampled from models trained with {name} is closer to people's than with maximum likelihood.",
+            measures="Jensen-Shannon divergence between pairs of tokens in sampled and true continuations of held-out "
+            f"code, without {name} less with, at equal steps",
+            threshold=Threshold(">", 0),
+            check=lambda: less(trained(), PAIRS),
+            unit="nats",
+            seconds=40,
+            data=DATA,
+        ),
+        Claim(
+            name="likelihood",
+            paper=likelihood,
+            measures=f"held-out next-token loss with {name} less without, at equal steps",
+            threshold=Threshold("<=", NATS),
+            check=lambda: less(trained(), LOSS, by=-1),
+            unit="nats per token",
+            seconds=40,
+            data=DATA,
+        ),
     )

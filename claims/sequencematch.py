@@ -8,27 +8,15 @@ text that ends up right in every number.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import LogitsProcessor, PreTrainedModel
 
+from hf_ext.claims import small_training
 from hf_ext.generation.backspace_decoding import BackspaceDecoding
-from hf_ext.trainer_callbacks.attachment import attach
 from hf_ext.trainer_callbacks.sequencematch import SequenceMatch
 from hf_ext.verify import Claim, Measurement, Threshold
 
@@ -62,38 +50,11 @@ def collate(rows: Sequence[Sequence[int]]) -> Mapping[str, Tensor]:
 
 
 def train(objective: SequenceMatch | None, seed: int, steps: int = STEPS) -> PreTrainedModel:
-    """Train a Llama-shaped model of two layers and hidden size 64 on fresh rows; None is next-token prediction."""
-    set_seed(seed)
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **shape,
-    )
-    model = LlamaForCausalLM(config)
-    settings: dict[str, Any] = {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "use_cpu": True}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=ROWS,
-            learning_rate=3e-3,
-            warmup_steps=20,
-            seed=seed,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **settings,
-        )
-        trainer = Trainer(model, args, train_dataset=progressions(steps * ROWS, seed + 1000), data_collator=collate)
-        if objective is not None:
-            attach(trainer, objective)
-        trainer.train()
-    return model.eval()
+    """Train a small model on fresh rows; None is next-token prediction."""
+    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    model = small_training.small_model(seed, VOCABULARY, context=32, **special)
+    rows = progressions(steps * ROWS, seed + 1000)
+    return small_training.train(model, objective, rows, steps=steps, batch=ROWS, rate=3e-3, seed=seed, collator=collate)
 
 
 class Slip(LogitsProcessor):

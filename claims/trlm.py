@@ -6,17 +6,12 @@ of which some are common and some rare. `hf_ext.claims.reverse_reranking` choose
 
 from __future__ import annotations
 
-import contextlib
-import io
 import statistics
-import tempfile
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel
 
+from hf_ext.claims import small_training
 from hf_ext.generation.time_reversal import Backwards, queries_for, query_log_probs
 from hf_ext.trainer_callbacks.objective import Objective
 from hf_ext.trainer_callbacks.trlm import TRLM
@@ -54,44 +49,11 @@ def dialogues(count: int, seed: int, evasive: float = 0.0) -> list[list[int]]:
     ).tolist()
 
 
-def collate(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Stack rows of one length; every token is a label."""
-    batch = torch.tensor(list(rows))
-    return {"input_ids": batch, "labels": batch.clone()}
-
-
 def train(objective: Objective | None, seed: int, steps: int, evasive: float = 0.0) -> PreTrainedModel:
-    """Train a Llama-shaped model of two layers and hidden size 64 on fresh rows; None is next-token prediction."""
-    set_seed(seed)
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **shape,
-    )
-    model = LlamaForCausalLM(config)
-    settings: dict[str, Any] = {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "use_cpu": True}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=ROWS,
-            learning_rate=3e-3,
-            warmup_steps=20,
-            seed=seed,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **settings,
-        )
-        callbacks = [] if objective is None else [objective]
-        rows = dialogues(steps * ROWS, seed + 1000, evasive)
-        Trainer(model, args, train_dataset=rows, data_collator=collate, callbacks=callbacks).train()
-    return model.eval()
+    """Train a small model on fresh rows; None is next-token prediction."""
+    model = small_training.small_model(seed, VOCABULARY, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+    rows = dialogues(steps * ROWS, seed + 1000, evasive)
+    return small_training.train(model, objective, rows, steps=steps, batch=ROWS, rate=3e-3, seed=seed)
 
 
 def written_queries() -> Measurement:

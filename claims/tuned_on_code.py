@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from hf_ext import demo
+from hf_ext.claims import small_training
 from hf_ext.demo.corpus import sources
 from hf_ext.trainer_callbacks import Objective
 
@@ -68,36 +66,19 @@ def tuned(
     set_seed(seed)
     trained = AutoModelForCausalLM.from_pretrained(demo.path("draft"), dtype=torch.float32) if model is None else model
     given = list(rows(held_out=False, count=steps * batch, seed=seed)) if data is None else list(data)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=10,
-            seed=seed,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        Trainer(
-            trained,
-            args,
-            train_dataset=given,
-            data_collator=collator or all_labels,
-            callbacks=[*callbacks, *([] if objective is None else [objective])],
-        ).train()
-    return trained.eval()
-
-
-def all_labels(batch: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Stack rows; every token is a label."""
-    ids = torch.stack(list(batch))
-    return {"input_ids": ids, "labels": ids.clone()}
+    return small_training.train(
+        trained,
+        objective,
+        given,
+        steps=steps,
+        batch=batch,
+        rate=rate,
+        seed=seed,
+        collator=collator,
+        callbacks=callbacks,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=10,
+    )
 
 
 @torch.no_grad()
