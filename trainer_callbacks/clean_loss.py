@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_ext.layers import in_evaluation
+
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy over the targets that are not -100.
@@ -100,7 +102,7 @@ def clean_loss(forward: Callable[..., Any], model: nn.Module, inputs: Mapping[st
         The sum over targets and their number.
     """
     given = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
-    with torch.no_grad(), _as_in_evaluation(model):
+    with torch.no_grad(), as_in_evaluation(model):
         outputs = forward(**given)
     config = getattr(model, "config", None)
     targets = shifted_targets(
@@ -119,21 +121,32 @@ def clean_loss(forward: Callable[..., Any], model: nn.Module, inputs: Mapping[st
 
 
 @contextlib.contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
+def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode in the midst of its training, and leave nothing changed.
+
+    Every module's mode and the random states are put back, and no weight that autocast casts here, maybe without
+    gradients, is used by the training pass. Gradients are not switched off.
+
+    Args:
+        model: the model.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with as_in_evaluation(layer):
+        ...     print(layer.training)
+        False
+        >>> layer.training
+        True
+    """
     device = next(model.parameters()).device
     cached = torch.is_autocast_cache_enabled()
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=_fork_type(device)):
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=_fork_type(device)), in_evaluation(model):
         try:
-            for module, _ in modes:
-                module.training = False
-            # a weight that autocast casts without gradients must not be reused by the training pass
             torch.set_autocast_cache_enabled(False)
             yield
         finally:
             torch.set_autocast_cache_enabled(cached)
-            for module, training in modes:
-                module.training = training
 
 
 def _fork_type(device: torch.device) -> str:

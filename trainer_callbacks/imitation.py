@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.generation.backspace import Walks
-from hf_ext.trainer_callbacks.clean_loss import _as_in_evaluation
+from hf_ext.trainer_callbacks.clean_loss import as_in_evaluation
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Walker:
                 walks.act(action, self.backspace)
         else:
             bare = model if sharded else trainer.accelerator.unwrap_model(model)
-            with torch.no_grad(), _as_in_evaluation(bare):
+            with torch.no_grad(), as_in_evaluation(bare):
                 self._sample(model if sharded else bare, walks, real, draws)
             for key, actions in zip(keys, walks.actions.tolist() if keys else [], strict=True):
                 self._kept[key] = step, actions

@@ -13,8 +13,7 @@ from transformers import TrainingArguments
 from hf_ext import adapter
 from hf_ext.generation.backspace import Walks, tree_mask
 from hf_ext.trainer_callbacks import noise
-from hf_ext.trainer_callbacks.clean_loss import _as_in_evaluation as as_in_evaluation
-from hf_ext.trainer_callbacks.clean_loss import next_token_loss, shifted_targets
+from hf_ext.trainer_callbacks.clean_loss import as_in_evaluation, next_token_loss, shifted_targets
 from hf_ext.trainer_callbacks.imitation import Walker, with_slips
 from hf_ext.trainer_callbacks.moving import special_tokens
 from hf_ext.trainer_callbacks.objective import Objective
