@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.packed import is_packed, pack, unpack
 from hf_ext.attention.structure import NEVER, AttentionStructure, Tokens
+from hf_ext.cache.stores.dense import DenseStore
 
 if TYPE_CHECKING:
     from hf_ext.cache.layer import CompressedLayer, Pass
@@ -197,6 +198,48 @@ def _packed(layer: CompressedLayer, given: Given, before: int, query: Tensor) ->
     return pack(dataclasses.replace(structure, keys=keys, nodes=nodes))
 
 
+def sees_all(layer: CompressedLayer, given: Given, query: Tensor) -> bool:
+    """Tell whether a pass is of one query that sees all of a plain store on a CPU, so that `attend_one` is enough."""
+    store = layer.store
+    plain = isinstance(store, DenseStore) and not store.holes and layer.window is None and not layer.policy.gated
+    masked = given.mask is not None or runs_kernels(query.device)
+    return plain and query.shape[2] == 1 and not masked and not (torch.is_grad_enabled() and query.requires_grad)
+
+
+@torch.no_grad()
+def attend_one(
+    store: DenseStore, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend with one query to all that is held, and count the attention it gets: in a few steps, on a CPU.
+
+    Args:
+        store: with the new token stored already.
+        query: `(rows, heads, 1, width)`.
+        scale: of the scores.
+        softcap: of the scores.
+        sinks: `(heads,)`.
+
+    Returns:
+        `(rows, 1, heads, width)`, and what each entry got, `(rows, key heads, n)` float32.
+    """
+    rows, heads, _, width = query.shape
+    keys, values, bias = store.keys, store.values, store.bias
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # The heads of a group see the same keys and are multiplied together.
+    scores = (query.to(wide) * scale).view(rows, keys.shape[1], -1, width) @ keys.to(wide).mT
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores += bias[:, :, None]
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:  # a sink takes part in the sum and adds nothing
+        sink = sinks.to(wide).view(1, keys.shape[1], -1, 1).expand(rows, -1, -1, -1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    output = (weights @ values.to(wide)).view(rows, 1, heads, -1)
+    return output.to(query.dtype), weights.sum(2).float()
+
+
 def attend_ragged(
     layer: CompressedLayer,
     query: Tensor,
@@ -230,6 +273,15 @@ def attend_ragged(
             "padding on the left alone; use a policy that stores all heads alike for structured prompts"
         )
     store: Any = layer.store
+    tracked = torch.is_grad_enabled() and query.requires_grad
+    if count == 1 and softcap is None and sinks is None and not (tracked or runs_kernels(query.device)):
+        from hf_ext.kernels.ragged_attention import ragged_decode_torch
+
+        output = ragged_decode_torch(
+            query, store.buffers["keys"], store.buffers["values"], store.starts, store.lengths, scale=scale,
+            bias=store.buffers.get("bias"),
+        )  # fmt: skip
+        return output.transpose(1, 2)
     output, _ = ragged_attention(
         query, store.buffers["keys"], store.buffers["values"], store.starts, store.lengths,
         scale=scale, softcap=softcap, sinks=sinks, bias=store.buffers.get("bias"),
@@ -263,7 +315,8 @@ def seen(layer: CompressedLayer, passes: Sequence[Pass]) -> Seen:
     if policy.column_sums and sums is None and layer.drops():
         sums = _column_sums(layer, passes)
     if sums is not None:
-        sums = sums[..., sums.shape[-1] - len(layer.open_entries()) :]  # packed entries are no matter of the policy's
+        # Packed entries are no matter of the policy's.
+        sums = sums[..., sums.shape[-1] - len(getattr(layer.store, "recent", layer.store)) :]
     queries = real = columns = None
     if policy.queries:
         parts = [step.queries for step in passes if step.queries is not None]

@@ -93,6 +93,8 @@ class CachePolicy:
     queries: ClassVar[int] = 0
     #: Whether it wants `Seen.column_sums`; `observe` is called after every pass then.
     column_sums: ClassVar[bool] = False
+    #: The field that column sums are added to after every pass, if that is all there is to observe.
+    adds: ClassVar[str] = ""
     #: How entries are stored: all heads of a layer alike ("dense"), or each its own number ("ragged").
     storage: ClassVar[Literal["dense", "ragged"]] = "dense"
     #: Whether entries carry a field "bias" that attention adds to their scores.
@@ -136,7 +138,10 @@ class CachePolicy:
         Returns:
             `(rows, key heads, n)` each, by name; the same names always.
         """
-        return {}
+        if not self.adds:
+            return {}
+        assert seen.column_sums is not None
+        return {self.adds: entries.fields[self.adds] + seen.column_sums}
 
     def arriving(self, keys: Tensor, module: nn.Module) -> Mapping[str, Tensor]:
         """Return the fields of new tokens, for a policy that is `gated`; other fields begin with 0.

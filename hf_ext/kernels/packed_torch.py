@@ -85,16 +85,20 @@ def packed_sums(
     of_runs = scale.to(weights.dtype)
     if run < group:
         of_runs = of_runs.repeat_interleave(group // run, dim=3)
-    of_runs = of_runs.unflatten(3, (planes, -1)).permute(3, 0, 1, 4, 2)  # (planes, rows, key heads, runs, tokens)
+    whole = run == part
+    if whole:  # to multiply numbers that do not lie side by side is slow
+        of_runs = of_runs.mT.contiguous().mT
+    of_runs = of_runs.unflatten(3, (planes, -1)).permute(3, 0, 1, 2, 4)  # (planes, rows, key heads, tokens, runs)
     total = weights.new_zeros(planes, rows * key_heads, lines, part) if not tokens else None
     step = max(LARGEST // (rows * key_heads * width), 1)
     for first in range(0, tokens, step):
         at = slice(first, first + step)
         numbers, own = _planes(codes[:, :, at], bits, weights.dtype), weights[..., at]
-        if run == part:
-            by_plane = own * of_runs[..., at]
+        if whole:
+            room = own.new_empty(planes, *own.shape)
+            by_plane = torch.mul(own, of_runs[:, :, :, at].mT, out=room)
         else:
-            numbers.unflatten(4, (-1, run)).mul_(of_runs[..., at].transpose(3, 4)[..., None])
+            numbers.unflatten(4, (-1, run)).mul_(of_runs[:, :, :, at, :, None])
             by_plane = own.expand(planes, -1, -1, -1, -1)
         found = by_plane.reshape(-1, lines, own.shape[3]) @ numbers.flatten(0, 2)
         total = found if total is None else total.add_(found)

@@ -150,6 +150,41 @@ def ragged_attention_torch(
     return out, lse
 
 
+def ragged_decode_torch(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, *,
+    scale: float, bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return what `ragged_attention` returns first, for one query and nothing that decoding mostly does without.
+
+    Args:
+        query: `(rows, heads, 1, width)`; this and what follows as for `ragged_attention`.
+        keys: see there.
+        values: see there.
+        starts: see there.
+        lengths: see there.
+        scale: see there.
+        bias: see there.
+
+    Example:
+        >>> query, keys, values = torch.zeros(1, 2, 1, 4), torch.zeros(3, 4), torch.eye(3)
+        >>> found = ragged_decode_torch(query, keys, values, torch.tensor([[0, 2]]), torch.tensor([[2, 1]]), scale=1.0)
+        >>> found[0, :, 0].tolist()
+        [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+    """
+    rows, heads, _, width = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = (query.to(wide) * scale).reshape(starts.numel(), -1, width)
+    out = grouped.new_empty(*grouped.shape[:2], values.shape[-1])
+    segments = zip(starts.flatten().tolist(), lengths.flatten().tolist(), strict=True)
+    for (start, length), lines, found in zip(segments, grouped, out, strict=True):
+        segment = slice(start, start + length)
+        scores = torch.mm(lines, keys[segment].to(wide).T)
+        if bias is not None:
+            scores += bias[segment].to(wide)
+        torch.mm(scores.softmax(-1), values[segment].to(wide), out=found)
+    return out.view(rows, heads, 1, -1).to(query.dtype)
+
+
 def _some(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: list[list[int]], lengths: list[list[int]],
     longest: int, scale: float, softcap: float | None, sinks: torch.Tensor | None, bias: torch.Tensor | None,

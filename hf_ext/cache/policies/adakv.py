@@ -85,6 +85,11 @@ class AdaKV(CachePolicy):
         """Whether the policy inside wants column sums."""
         return self.policy.column_sums
 
+    @property
+    def adds(self) -> str:  # type: ignore[override]
+        """The field that the policy inside adds column sums to."""
+        return self.policy.adds
+
     def scores(self, entries: Entries, seen: Seen) -> Tensor:
         """Return the scores of the policy inside."""
         return self.policy.scores(entries, seen)

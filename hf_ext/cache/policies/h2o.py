@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +45,7 @@ class H2O(CachePolicy):
     average: bool = False
 
     column_sums: ClassVar[bool] = True
+    adds: ClassVar[str] = "received"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,11 +55,6 @@ class H2O(CachePolicy):
     def field_names(self) -> tuple[str, ...]:
         """Return the name of the sum that follows each entry."""
         return ("received",)
-
-    def observe(self, entries: Entries, seen: Seen) -> Mapping[str, Tensor]:
-        """Add the attention of the pass."""
-        assert seen.column_sums is not None
-        return {"received": entries.fields["received"] + seen.column_sums}
 
     def scores(self, entries: Entries, seen: Seen) -> Tensor:
         """Return the attention received so far."""

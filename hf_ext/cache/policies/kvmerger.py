@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -77,6 +76,7 @@ class KVMerger(CachePolicy):
     biased: bool = True  # type: ignore[misc]
 
     column_sums: ClassVar[bool] = True
+    adds: ClassVar[str] = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,11 +100,6 @@ class KVMerger(CachePolicy):
     def field_names(self) -> tuple[str, ...]:
         """Return the names of the fields: the attention an entry has got, and its bias."""
         return ("attention", "bias") if self.biased else ("attention",)
-
-    def observe(self, entries: Entries, seen: Seen) -> Mapping[str, Tensor]:
-        """Add up the attention that every entry gets."""
-        assert seen.column_sums is not None
-        return {"attention": entries.fields["attention"] + seen.column_sums}
 
     def scores(self, entries: Entries, seen: Seen) -> Tensor:
         """Return the attention that every entry has got."""

@@ -151,6 +151,10 @@ class DenseStore:
         for name, value in fields.items():
             self.buffers[name][:, :, : self.length] = value
 
+    def add(self, name: str, numbers: Tensor) -> None:
+        """Add numbers to a field of the entries, where it lies."""
+        self._part(name).add_(numbers)
+
     def keep(self, index: Tensor, entries: Entries) -> None:
         """Hold only the entries at `index`, `(rows, key heads, k)`, -1 for nothing."""
         self.replace(entries.take(index))

@@ -65,28 +65,33 @@ class RaggedStore:
                 "steps": steps.new_zeros(0),
                 **{name: keys.new_zeros(0, dtype=torch.float32) for name in self.field_names},
             }
-        new = torch.full((rows, 1), count, device=keys.device) if real is None else real.sum(1, keepdim=True)
-        new = new.expand(rows, heads)
-        if bool((self.lengths + new > self.room).any()):
+        if real is not None and bool(real.all()):
+            real = None
+        new = count if real is None else real.sum(1, keepdim=True).expand(rows, heads)
+        lengths = self.lengths + new
+        if bool((lengths > self.room).any()):
             extra = min(max((len(self) + count) // 64, 1), MOST_ROOM)
-            self._spread(self.lengths + new + extra)
-        at = (self.starts + self.lengths)[..., None] + torch.arange(count, device=keys.device)
-        numbers = steps.expand(-1, heads, -1)
-        self._widen(steps.dtype)
-        if real is None or bool(real.all()):
-            where, chosen = at.flatten(), slice(None)
+            self._spread(lengths + extra)
+        place = self.starts + self.lengths
+        if real is None:
+            at, chosen = place[..., None] + torch.arange(count, device=keys.device) if count > 1 else place, slice(None)
+            where = at.flatten()
         else:
-            place = real.long().cumsum(1) - 1
-            at = (self.starts + self.lengths)[..., None] + place[:, None]
+            at = place[..., None] + (real.long().cumsum(1) - 1)[:, None]
             chosen = real[:, None].expand(rows, heads, count).flatten()  # type: ignore[assignment]
             where = at.flatten()[chosen]
-        self.buffers["keys"][where] = keys.reshape(-1, keys.shape[-1])[chosen]
-        self.buffers["values"][where] = values.reshape(-1, values.shape[-1])[chosen]
-        self.buffers["steps"][where] = numbers.reshape(-1)[chosen].to(self.buffers["steps"].dtype)
+        self._widen(steps.dtype)
+        numbers = steps.expand(-1, heads, -1).to(self.buffers["steps"].dtype)
+        self.buffers["keys"].index_copy_(0, where, keys.reshape(-1, keys.shape[-1])[chosen])
+        self.buffers["values"].index_copy_(0, where, values.reshape(-1, values.shape[-1])[chosen])
+        self.buffers["steps"].index_copy_(0, where, numbers.reshape(-1)[chosen])
         for name in self.field_names:
-            self.buffers[name][where] = 0
-        self.lengths = self.lengths + new
-        self.totals = self.lengths.sum(1).tolist()
+            self.buffers[name].index_fill_(0, where, 0)
+        if real is None:
+            self.totals = [total + heads * count for total in self.totals or [0] * rows]
+        else:
+            self.totals = lengths.sum(1).tolist()
+        self.lengths = lengths
 
     def _widen(self, dtype: torch.dtype) -> None:
         """Make sure that steps of a dtype can be written."""
