@@ -15,7 +15,6 @@ from hf_ext.claims import infilling_task as task
 from hf_ext.trainer_callbacks import CM3
 from hf_ext.verify import Claim, Measurement, Threshold
 
-SEEDS = task.SEEDS
 HOLES = 2
 MASKS = [task.FIRST_SENTINEL, task.FIRST_SENTINEL + 1]
 
@@ -30,33 +29,6 @@ def objective(**options: object) -> CM3:
 def trained(seed: int) -> PreTrainedModel:
     """Return the model that was trained with CM3."""
     return task.train(objective(), seed)
-
-
-def left_to_right() -> Measurement:
-    """Compare losses on unseen rows in their natural order, of all tokens but the masks."""
-    ours = [task.left_to_right_loss(trained(seed), without=MASKS) for seed in SEEDS]
-    plain = [task.left_to_right_loss(task.plain(seed), without=MASKS) for seed in SEEDS]
-    with_masks = [task.left_to_right_loss(trained(seed)) for seed in SEEDS]
-    return task.difference(
-        ours,
-        plain,
-        {
-            "CM3, held-out loss without masks": ours,
-            "CM3, held-out loss with masks": with_masks,
-            "next-token, held-out loss without masks": plain,
-            "entropy of the rows": round(task.entropy(), 4),
-            **task.SIZES,
-        },
-    )
-
-
-def infills() -> Measurement:
-    """Compare the shares of tokens found in two places of a row: with both sides, and left to right."""
-    ours = [task.share_filled(trained(seed), objective(), HOLES) for seed in SEEDS]
-    guessed = [task.share_guessed(task.plain(seed), HOLES) for seed in SEEDS]
-    return task.difference(
-        ours, guessed, {"CM3": ours, "next-token, prefix only": guessed, "chance": 1 / task.WORDS, "gaps a row": HOLES}
-    )
 
 
 def restored() -> Measurement:
@@ -96,7 +68,7 @@ CLAIMS = (
         measures="held-out next-token loss over all tokens but the masks, less that of next-token "
         "prediction, equal steps",
         threshold=Threshold("<=", 0.01),
-        check=left_to_right,
+        check=lambda: task.losses_of_moved_spans("CM3", trained),
         unit="nats per token",
         seconds=75,
         data=task.DATA,
@@ -107,7 +79,7 @@ CLAIMS = (
         measures=f"share of held-out gaps filled exactly, {HOLES} a row, less that of next-token prediction given what "
         "stands before",
         threshold=Threshold(">=", 0.5),
-        check=infills,
+        check=lambda: task.shares_of_moved_spans("CM3", trained, objective(), HOLES),
         unit="share of gaps",
         seconds=75,
         data=task.DATA,

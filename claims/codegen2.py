@@ -15,7 +15,6 @@ from hf_ext.claims import infilling_task as task
 from hf_ext.trainer_callbacks import CodeGen2, Document
 from hf_ext.verify import Claim, Measurement, Threshold
 
-SEEDS = task.SEEDS
 SHARE = 0.5
 DOCUMENTS = 4000
 
@@ -31,34 +30,6 @@ def objective(**options: object) -> CodeGen2:
 def trained(seed: int) -> PreTrainedModel:
     """Return the model that was trained with CodeGen2's mixture."""
     return task.train(objective(), seed)
-
-
-def left_to_right() -> Measurement:
-    """Compare losses on unseen rows in their natural order, of all tokens but the masks."""
-    masks = [task.FIRST_SENTINEL, task.FIRST_SENTINEL + 1]
-    ours = [task.left_to_right_loss(trained(seed), without=masks) for seed in SEEDS]
-    plain = [task.left_to_right_loss(task.plain(seed), without=masks) for seed in SEEDS]
-    with_masks = [task.left_to_right_loss(trained(seed)) for seed in SEEDS]
-    return task.difference(
-        ours,
-        plain,
-        {
-            "CodeGen2, held-out loss without masks": ours,
-            "CodeGen2, held-out loss with masks": with_masks,
-            "next-token, held-out loss without masks": plain,
-            "entropy of the rows": round(task.entropy(), 4),
-            **task.SIZES,
-        },
-    )
-
-
-def infills() -> Measurement:
-    """Compare the shares of tokens found in the middle of a row: with both sides, and left to right."""
-    ours = [task.share_filled(trained(seed), objective(), 1) for seed in SEEDS]
-    guessed = [task.share_guessed(task.plain(seed), 1) for seed in SEEDS]
-    return task.difference(
-        ours, guessed, {"CodeGen2": ours, "next-token, prefix only": guessed, "chance": 1 / task.WORDS}
-    )
 
 
 def restored() -> Measurement:
@@ -128,7 +99,7 @@ CLAIMS = (
         measures="held-out next-token loss over all tokens but the masks, less that of next-token "
         "prediction, equal steps",
         threshold=None,
-        check=left_to_right,
+        check=lambda: task.losses_of_moved_spans("CodeGen2", trained),
         unit="nats per token",
         seconds=75,
         data=task.DATA,
@@ -139,7 +110,7 @@ CLAIMS = (
         measures="share of held-out gaps filled exactly given both sides, less that of next-token prediction given "
         "what stands before",
         threshold=Threshold(">=", 0.5),
-        check=infills,
+        check=lambda: task.shares_of_moved_spans("CodeGen2", trained, objective(), 1),
         unit="share of gaps",
         seconds=75,
         data=task.DATA,

@@ -15,21 +15,19 @@ rows, and fill-in-the-middle learns to look behind the gap, well before the last
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import math
 import random
 import statistics
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel
 
+from hf_ext.claims import small_training
 from hf_ext.claims.held_out import load
 from hf_ext.demo.corpus import sources
 from hf_ext.generation.infilling import fill_holes
@@ -71,52 +69,22 @@ def entropy() -> float:
 
 
 def small_model(seed: int) -> PreTrainedModel:
-    """Build a Llama-shaped model of two layers and hidden size 64."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=32,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
-    return LlamaForCausalLM(config)
+    """Build the model with random weights."""
+    special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
+    return small_training.small_model(seed, VOCABULARY, context=32, **special)
 
 
 def collate(rows: Sequence[Tensor]) -> dict[str, Tensor]:
     """Stack rows; every token is a label."""
-    batch = torch.stack(list(rows))
-    return {"input_ids": batch, "labels": batch.clone(), "attention_mask": torch.ones_like(batch)}
+    batch = small_training.all_labels(rows)
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
 
 def train(objective: Objective | None, seed: int, steps: int = STEPS) -> PreTrainedModel:
-    """Train `small_model(seed)` on fresh rows with a stock Trainer; None is next-token prediction."""
-    rows = rows_of(steps * ROWS, seed + 1000)
-    model = small_model(seed)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=ROWS,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=20,
-            seed=seed,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        callbacks: list[Any] = [] if objective is None else [objective]
-        Trainer(model, args, train_dataset=list(rows), data_collator=collate, callbacks=callbacks).train()
-    return model.eval()
+    """Train `small_model(seed)` on fresh rows; None is next-token prediction."""
+    model, rows = small_model(seed), rows_of(steps * ROWS, seed + 1000)
+    options: dict[str, Any] = {"collator": collate, "lr_scheduler_type": "cosine"}
+    return small_training.train(model, objective, rows, steps=steps, batch=ROWS, rate=3e-3, seed=seed, **options)
 
 
 @functools.cache
@@ -197,6 +165,47 @@ def difference(ours: Sequence[float], theirs: Sequence[float], details: Mapping[
         seeds=SEEDS,
         details=shown,
     )
+
+
+def losses_of_moved_spans(name: str, trained: Callable[[int], PreTrainedModel]) -> Measurement:
+    """Compare losses on unseen rows in their natural order, of all tokens but the masks, for each seed.
+
+    Args:
+        name: of the method, whose masks are the first two sentinels.
+        trained: returns the model of a seed.
+    """
+    masks = [FIRST_SENTINEL, FIRST_SENTINEL + 1]
+    ours = [left_to_right_loss(trained(seed), without=masks) for seed in SEEDS]
+    theirs = [left_to_right_loss(plain(seed), without=masks) for seed in SEEDS]
+    with_masks = [left_to_right_loss(trained(seed)) for seed in SEEDS]
+    return difference(
+        ours,
+        theirs,
+        {
+            f"{name}, held-out loss without masks": ours,
+            f"{name}, held-out loss with masks": with_masks,
+            "next-token, held-out loss without masks": theirs,
+            "entropy of the rows": round(entropy(), 4),
+            **SIZES,
+        },
+    )
+
+
+def shares_of_moved_spans(
+    name: str, trained: Callable[[int], PreTrainedModel], method: Infilling, holes: int
+) -> Measurement:
+    """Compare the shares of tokens found in places of a row: with both sides, and left to right, for each seed.
+
+    Args:
+        name: of the method.
+        trained: returns the model of a seed.
+        method: fills.
+        holes: places in a row.
+    """
+    ours = [share_filled(trained(seed), method, holes) for seed in SEEDS]
+    guessed = [share_guessed(plain(seed), holes) for seed in SEEDS]
+    shown = {name: ours, "next-token, prefix only": guessed, "chance": 1 / WORDS, "gaps a row": holes}
+    return difference(ours, guessed, shown)
 
 
 def distance(objective: Objective) -> Measurement:
