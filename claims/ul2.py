@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 
 from hf_ext.claims import held_out
 from hf_ext.claims.held_out import DATA as CODE
-from hf_ext.trainer_callbacks.ul2 import DENOISERS, UL2, corrupt_spans, draw_spans, restore_spans
+from hf_ext.trainer_callbacks.ul2 import UL2
+from hf_ext.trainer_callbacks.ul2_denoisers import DENOISERS, corrupt_spans, draw_spans, restore_spans
 from hf_ext.verify import Claim, Measurement, Threshold
 
 DATA = "Synthetic echoes"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from hf_ext.trainer_callbacks.infilling import Pair
 from hf_ext.trainer_callbacks.moved_spans import MovedSpans, compose, restore_spans
-from hf_ext.trainer_callbacks.rewriting import token_id
+from hf_ext.trainer_callbacks.token_ids import token_id
 
 
 def corrupted_spans(length: int, masked: int, count: int, draw: random.Random) -> list[tuple[int, int]]:

@@ -28,7 +28,8 @@ from hf_ext.attention.structure import NEVER
 from hf_ext.layers import base_model
 from hf_ext.trainer_callbacks.documents import Document
 from hf_ext.trainer_callbacks.noise import document_positions
-from hf_ext.trainer_callbacks.rewriting import Rewriting, token_id
+from hf_ext.trainer_callbacks.rewriting import Rewriting
+from hf_ext.trainer_callbacks.token_ids import token_id
 
 #: Name of the column, and its values.
 COLUMN = "denoised"

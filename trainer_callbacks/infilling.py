@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 from hf_ext.trainer_callbacks.characters import Characters
 from hf_ext.trainer_callbacks.documents import Document
-from hf_ext.trainer_callbacks.rewriting import Rewriting, token_id
+from hf_ext.trainer_callbacks.rewriting import Rewriting
+from hf_ext.trainer_callbacks.token_ids import token_id
 
 #: A token and its label. What moves a token moves its label along.
 Pair = tuple[int, int]

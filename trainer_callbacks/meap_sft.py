@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hf_ext.trainer_callbacks.moving import special_tokens
-from hf_ext.trainer_callbacks.rewriting import Document, Rewriting, token_id
+from hf_ext.trainer_callbacks.rewriting import Document, Rewriting
+from hf_ext.trainer_callbacks.token_ids import token_id
 
 
 def masked_copy(document: Document, places: Sequence[int], mask: int) -> Document:

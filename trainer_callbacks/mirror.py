@@ -102,7 +102,8 @@ class _TwoScores(torch.autograd.Function):
     def forward(ctx: Any, query, key, ahead_query, ahead_key, value, ahead, seen, scaling: float):
         """Return (batch, heads, queries, width)."""
         with torch.autocast(query.device.type, enabled=False):
-            found = torch.where(ahead, _pairs(ahead_query * scaling, ahead_key), _pairs(query * scaling, key))
+            found = _pairs(query * scaling, key)
+            torch.where(ahead, _pairs(ahead_query * scaling, ahead_key), found, out=found)
             found = found.to(torch.promote_types(found.dtype, torch.float32))
             found.masked_fill_(~seen, torch.finfo(found.dtype).min)
             weights = torch.softmax(found, -1, out=found).to(value.dtype)
@@ -122,9 +123,9 @@ class _TwoScores(torch.autograd.Function):
             slope = slope.to(torch.promote_types(slope.dtype, torch.float32)).mul_(weights)
             total = slope.sum(-1, keepdim=True)
             slope.addcmul_(weights.to(slope.dtype), total, value=-1).mul_(ctx.scaling)
-            parts = []
-            for at, one, other in ((seen & ~ahead, query, key), (seen & ahead, ahead_query, ahead_key)):
-                some = _grouped((slope * at).to(value.dtype), value)
+            parts, slopes = [], (slope * (seen & ~ahead), slope.mul_(seen & ahead))
+            for some, one, other in zip(slopes, (query, ahead_query), (key, ahead_key), strict=True):
+                some = _grouped(some.to(value.dtype), value)
                 parts.append((some @ other).view(one.shape))
                 parts.append(some.transpose(-1, -2) @ _grouped(one, value))
         return *parts, grad_value, None, None, None

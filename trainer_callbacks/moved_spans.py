@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from hf_ext.trainer_callbacks.infilling import Infilling, Pair
-from hf_ext.trainer_callbacks.rewriting import token_id
+from hf_ext.trainer_callbacks.token_ids import token_id
 
 T = TypeVar("T")
 

@@ -55,7 +55,7 @@ class PlainHead:
         except BaseException:
             self._handle.remove()
             raise
-        self.line = f"forward hook on {type(decoder).__name__}: last states instead of logits"
+        self.line = f"forward hook on {type(decoder).__name__}: last states, where the loss does without logits"
 
     def begin(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch with a request for no logits, and keep the states that the pass over it makes."""

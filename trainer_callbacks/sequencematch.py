@@ -17,7 +17,7 @@ from hf_ext.trainer_callbacks.clean_loss import as_in_evaluation, next_token_los
 from hf_ext.trainer_callbacks.imitation import Walker, with_slips
 from hf_ext.trainer_callbacks.moving import special_tokens
 from hf_ext.trainer_callbacks.objective import Objective
-from hf_ext.trainer_callbacks.rewriting import token_id
+from hf_ext.trainer_callbacks.token_ids import token_id
 
 DIVERGENCES = ("chi2-mixture", "chi2")
 

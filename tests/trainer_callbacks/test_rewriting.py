@@ -12,7 +12,8 @@ from hf_ext.testing.objective import ObjectiveInProcess
 from hf_ext.testing.objective_training import collate, examples, tiny_model, train
 from hf_ext.trainer_callbacks import MEAP, Document, Rewriting
 from hf_ext.trainer_callbacks.documents import batch_of, documents_of
-from hf_ext.trainer_callbacks.rewriting import RewritingCollator, token_id
+from hf_ext.trainer_callbacks.rewriting import RewritingCollator
+from hf_ext.trainer_callbacks.token_ids import token_id
 
 
 @dataclass(eq=False)

@@ -13,7 +13,8 @@ from hf_ext.testing.objective_training import BOS, EOS, VOCABULARY, tiny_model, 
 from hf_ext.testing.tiny_models import build
 from hf_ext.trainer_callbacks.documents import Document
 from hf_ext.trainer_callbacks.prefix_lm import PrefixLMTraining
-from hf_ext.trainer_callbacks.ul2 import DENOISERS, UL2, Denoiser, corrupt_spans, draw_spans, restore_spans
+from hf_ext.trainer_callbacks.ul2 import UL2
+from hf_ext.trainer_callbacks.ul2_denoisers import DENOISERS, Denoiser, corrupt_spans, draw_spans, restore_spans
 
 #: Ids that the tiny data rarely has; 16 sentinels are enough for its rows.
 MARKS = {"sentinels": list(range(45, 61)), "mode_tokens": {"R": 61, "X": 62, "S": 63}}
