@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from hf_ext import adapter
 from hf_ext.generation.checks import check_context
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ def fill_holes(
         check_context(model, max(map(len, prompts)))
         ids, mask = _left_padded(prompts, stops[0])
         made = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.to(adapter.device_of(model)),
+            attention_mask=mask.to(adapter.device_of(model)),
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
             pad_token_id=stops[0],

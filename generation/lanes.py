@@ -100,7 +100,7 @@ class Lanes:
 
     def wait(self) -> None:
         """Call forward for nothing but the sake of other processes that still have to."""
-        self.run.model(torch.zeros(1, 1, dtype=torch.long, device=self.run.model.device), use_cache=False)
+        self.run.model(torch.zeros(1, 1, dtype=torch.long, device=adapter.device_of(self.run.model)), use_cache=False)
         self.run.report.target_calls += 1
         self.run.report.target_positions += 1
 

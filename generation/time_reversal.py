@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from hf_ext import adapter
+
 Tokens = Sequence[int]
 
 
@@ -49,7 +51,7 @@ def log_probs(model: PreTrainedModel, given: Sequence[Tokens], wanted: Sequence[
     """
     rows = [[*before, *after] for before, after in zip(given, wanted, strict=True)]
     longest = max(map(len, rows), default=0)
-    device = model.device
+    device = adapter.device_of(model)
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.long, device=device)
     lengths = torch.tensor([[len(before), len(row)] for before, row in zip(given, rows, strict=True)], device=device)
     if longest < 2:
@@ -185,8 +187,10 @@ def queries_for(model: PreTrainedModel, responses: Sequence[Tokens], **settings:
         if not rows[-1]:
             raise ValueError(f"response {number} is empty; give at least one token, such as the bos token")
     longest = max(map(len, rows), default=0)
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.long, device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    ids = torch.tensor(
+        [[0] * (longest - len(row)) + row for row in rows], dtype=torch.long, device=adapter.device_of(model)
+    )
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=adapter.device_of(model))
     written = model.generate(input_ids=ids, attention_mask=mask, **settings)
     new = (written if isinstance(written, torch.Tensor) else written.sequences)[:, longest:].tolist()
     return [list(reversed(_until(row, special))) for row in new]

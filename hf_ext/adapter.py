@@ -82,6 +82,16 @@ def needs_synced_gpus(model: PreTrainedModel) -> bool:
     return sharded and torch.distributed.get_world_size() > 1
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return where a model computes; weights that accelerate offloads lie on `meta` until they are used."""
+    if model.device.type != "meta":
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    parts = (part for hook in hooks for part in getattr(hook, "hooks", [hook]))
+    places = (getattr(part, "execution_device", None) for part in parts)
+    return next((torch.device(place) for place in places if place is not None), model.device)
+
+
 def special_token(config: GenerationConfig, name: str) -> torch.Tensor | None:
     """Return the tensor `generate` made of `eos_token_id` or `pad_token_id` (`_eos_token_tensor`, ...)."""
     return getattr(config, f"_{name}_token_tensor")

@@ -148,6 +148,17 @@ def test_needs_synced_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         assert adapter.needs_synced_gpus(model) is True
 
 
+def test_device_of() -> None:
+    from accelerate import cpu_offload
+
+    model = tiny_models.build("llama")
+    assert adapter.device_of(model) == torch.device("cpu")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with stands_on("_hf_hook of accelerate and execution_device of its hooks"):
+        assert model.device.type == "meta"
+        assert adapter.device_of(model) == torch.device("cpu")
+
+
 def test_special_token() -> None:
     with stands_on("GenerationConfig._eos_token_tensor and _pad_token_tensor"):
         config, _ = prepared(eos_token_id=[5, 6], pad_token_id=0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_ext import adapter
 from hf_ext.generation.speculative.chain import draft_chain
 from hf_ext.generation.speculative.context import DraftContext
 from hf_ext.generation.speculative.drafter import Drafter, Verified
@@ -136,7 +137,7 @@ def as_model(draft: Any, target: PreTrainedModel) -> PreTrainedModel:
         return draft  # type: ignore[return-value]
     if isinstance(draft, (str, Path)):
         try:
-            return _load(str(draft), target.dtype, target.device)
+            return _load(str(draft), target.dtype, adapter.device_of(target))
         except (OSError, ValueError) as error:  # what transformers raises for a folder or name without a model
             raise ValueError(f"cannot load the draft model {str(draft)!r}: {error}") from error
     raise ValueError(

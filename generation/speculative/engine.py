@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from hf_ext import adapter
 from hf_ext.generation.ragged import RaggedRows
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.speculative.acceptance import deterministic
@@ -228,7 +229,7 @@ class _Loop:
     def _wait(self) -> None:
         """Call the model for nothing but the sake of other processes that still have to."""
         run = self.decoding
-        run.model(torch.zeros(1, 1, dtype=torch.long, device=run.model.device), use_cache=False)
+        run.model(torch.zeros(1, 1, dtype=torch.long, device=adapter.device_of(run.model)), use_cache=False)
         self.waits += 1
 
     def _close(self) -> None:

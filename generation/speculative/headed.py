@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from hf_ext import adapter
 from hf_ext.generation.heads.base import DraftHead
 from hf_ext.generation.speculative.engine import Speculative
 
@@ -47,9 +48,10 @@ class HeadedSpeculative(Speculative):
         if self._loaded is None:
             self._loaded = self.head if isinstance(self.head, DraftHead) else self._load(self.head)
         self._loaded.check_target(target)
-        if (self._loaded.device, self._loaded.dtype) != (target.device, target.dtype):
+        device = adapter.device_of(target)
+        if (self._loaded.device, self._loaded.dtype) != (device, target.dtype):
             # The caller's own head stays as it is.
-            self._loaded = copy.deepcopy(self._loaded).to(device=target.device, dtype=target.dtype)
+            self._loaded = copy.deepcopy(self._loaded).to(device=device, dtype=target.dtype)
         return self._loaded.eval()
 
     def _load(self, folder: str | os.PathLike[str]) -> DraftHead:

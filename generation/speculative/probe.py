@@ -95,7 +95,7 @@ def _ask(model: PreTrainedModel) -> str | None:
     if other:
         return f"{type(model).__name__} has layers of the kind {', '.join(sorted(other))}"
     length = max(4, _own_window(config) + 2)
-    ids = (torch.arange(length + 3, device=model.device) * 17 + 5) % config.vocab_size
+    ids = (torch.arange(length + 3, device=adapter.device_of(model)) * 17 + 5) % config.vocab_size
     prompts = [ids[:length], ids[1:length]]
     branches = [[length, length + 1], [length + 2]]  # two children of the prompt, the first with a child
     # Not through the hooks of the model, where somebody may be counting; a sharded one needs them.

@@ -140,7 +140,7 @@ class TreeState:
     @property
     def device(self) -> torch.device:
         """Where the model reads its ids."""
-        return self.model.device
+        return adapter.device_of(self.model)
 
     def room(self) -> int | None:
         """Nodes that still fit into a cache of fixed size, or None if it can grow."""

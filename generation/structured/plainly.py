@@ -101,7 +101,7 @@ def state_problem(model: PreTrainedModel, padded: bool) -> str | None:
 def _ask(model: PreTrainedModel, padded: bool) -> str | None:
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
-    ids = ((torch.arange(PROMPT + STEPS, device=model.device) * 17 + 5) % config.vocab_size)[None]
+    ids = ((torch.arange(PROMPT + STEPS, device=adapter.device_of(model)) * 17 + 5) % config.vocab_size)[None]
     mask = torch.ones_like(ids)
     if padded:
         ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)

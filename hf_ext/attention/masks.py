@@ -140,7 +140,7 @@ def masks_for(model: PreTrainedModel, structure: AttentionStructure) -> Any:
     made: dict[int | None, Any] = {}
     for window in windows.values():
         if window not in made:
-            made[window] = mask_for(name, narrowed(structure, window), model.dtype, model.device)
+            made[window] = mask_for(name, narrowed(structure, window), model.dtype, adapter.device_of(model))
     if len(made) == 1:
         return next(iter(made.values()))
     return {kind: made[window] for kind, window in windows.items()}

@@ -231,7 +231,7 @@ def _run(model: Any, config: Any, start: int) -> tuple[dict[int, tuple[Tensor, T
     """Run the probe from position `start` on: queries and keys of the layers, calls that may have given angles."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     calls: list[Angles] = []
-    device = model.get_input_embeddings().weight.device
+    device = adapter.device_of(model)
     ids = ((torch.arange(TOKENS, device=device) * 17 + 5) % config.vocab_size)[None]
     places = torch.arange(start, start + TOKENS, device=device)[None]
 

@@ -1,0 +1,31 @@
+"""Models whose weights accelerate keeps elsewhere, on `meta` until a layer needs them, give the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from transformers import PreTrainedModel
+
+from hf_ext.generation import PINE, DecodingStrategy, PrefixLM, SpeculativeDecoding
+from hf_ext.testing import tiny_models
+
+STRATEGIES: dict[str, Callable[[PreTrainedModel], DecodingStrategy]] = {
+    "prefix-lm": lambda _: PrefixLM(),
+    "pine": lambda _: PINE(),
+    "speculative-decoding": lambda draft: SpeculativeDecoding(draft_model=draft),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_offloaded_model_gives_the_text_of_the_model(name: str) -> None:
+    model, offloaded = tiny_models.build("llama"), tiny_models.build("llama")
+    offloaded.load_state_dict(model.state_dict())
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    ids, mask = tiny_models.prompts()
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings, custom_generate=STRATEGIES[name](model))
+    found = offloaded.generate(ids, **settings, custom_generate=STRATEGIES[name](offloaded))
+    assert found.tolist() == expected.tolist()
