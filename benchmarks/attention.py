@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from hf_ext import demo
 from hf_ext.attention import AttentionStructure, collect, masks_for
+from hf_ext.benchmarks import records
 from hf_ext.cli.output import CliError, print_table, quiet
 from hf_ext.verify.stamp import hardware, versions
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.rounds, options.length, options.structured, options.tokens = 2, 48, 96, 4
     if options.rounds < 2 or options.segments < 1 or options.structured < 2 * options.segments + 2:
         raise CliError("--rounds must be 2 at least, and --structured have room for --segments")
-    folder = _results() if options.write else None
+    folder = records.results() if options.write else None
     quiet()
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -84,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table(COLUMNS, map(_cells, rows))
     text = json.dumps(record, indent=1) + "\n"
     for path in filter(None, [options.json, folder and folder / "attention.json"]):
-        _write(path, text)
+        records.write(path, text)
     if folder is not None:
-        _write(folder / "attention.md", markdown(record))
+        records.write(folder / "attention.md", markdown(record))
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -247,19 +248,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     low, high = row["interval"]
     return [row["what"], row["baseline"], f"{row['baseline_ms']:.1f}", f"{row['own_ms']:.1f}", f"{row['ratio']:.3f}",
             f"[{low:.3f}, {high:.3f}]", f"{row['cpu_ratio']:.3f}"]  # fmt: skip
-
-
-def _results() -> Path:
-    here = Path(__file__).resolve().parent
-    if not (here.parent / "pyproject.toml").is_file():
-        raise CliError("--write needs a checkout of hf_ext; use --json FILE here")
-    return here / "results"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

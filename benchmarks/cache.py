@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hf_ext.benchmarks import cache_memory, cache_speed, cache_table
+from hf_ext.benchmarks import cache_memory, cache_speed, cache_table, records
 from hf_ext.benchmarks.cache_methods import FAILED
 from hf_ext.benchmarks.cache_models import Recipe
 from hf_ext.benchmarks.cache_quality import Plan, quality
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.quick:
         options.rows, options.length, options.tokens, options.rounds, options.lengths = 4, 64, 2, 2, [96]
         options.seeds, options.budgets = min(options.seeds, 1), options.budgets[:1]
-    folder = _results() if options.write else None
+    folder = records.results() if options.write else None
     quiet()
     parts = [part for part in PARTS if getattr(options, part)] or list(PARTS)
     only = tuple(filter(None, (options.methods or "").split(",")))
@@ -108,9 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Parts that were run alone do not replace the others.
     name = "cache" if len(parts) == len(PARTS) else "_".join(["cache", *parts])
     for path in filter(None, [options.json, folder and folder / f"{name}.json"]):
-        _write(path, text)
+        records.write(path, text)
     if folder is not None:
-        _write(folder / f"{name}.md", cache_table.markdown(record, cache_table.plot(record, folder)))
+        records.write(folder / f"{name}.md", cache_table.markdown(record, cache_table.plot(record, folder)))
     failures = broken(record)
     if failures:
         raise CliError("\n".join(["some methods broke:", *failures]))
@@ -140,19 +140,6 @@ def _portable(argv: Sequence[str]) -> list[str]:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _results() -> Path:
-    here = Path(__file__).resolve().parent
-    if not (here.parent / "pyproject.toml").is_file():
-        raise CliError("--write needs a checkout of hf_ext; use --json FILE here")
-    return here / "results"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from hf_ext.benchmarks import records
 from hf_ext.benchmarks.speculative_measure import peak_memory
 from hf_ext.cli.output import CliError, print_table
 from hf_ext.kernels.linear_loss import TokenStatistics, linear_loss, linear_statistics, statistics_of_logits
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.rounds, options.tokens, options.vocabulary, options.width = 2, 96, [4000], [16]
     if options.rounds < 2:
         raise CliError("--rounds must be 2 at least: a spread needs two")
-    folder = _results() if options.write else None
+    folder = records.results() if options.write else None
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     rows = []
@@ -232,9 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = json.dumps(record, indent=1) + "\n"
     name = "linear_loss" if record["device"] == "cpu" else "linear_loss_" + record["device"].replace(" ", "_")
     for path in filter(None, [options.json, folder and folder / f"{name}.json"]):
-        _write(path, text)
+        records.write(path, text)
     if folder is not None:
-        _write(folder / f"{name}.md", markdown(record))
+        records.write(folder / f"{name}.md", markdown(record))
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -268,19 +269,6 @@ def markdown(record: dict[str, Any]) -> str:
         "|---|---|---|--:|--:|---|--:|--:|--:|",
     ]
     return "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in record["rows"])]) + "\n"
-
-
-def _results() -> Path:
-    here = Path(__file__).resolve().parent
-    if not (here.parent / "pyproject.toml").is_file():
-        raise CliError("--write needs a checkout of hf_ext; use --json FILE here")
-    return here / "results"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

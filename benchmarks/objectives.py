@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from hf_ext.benchmarks import objectives_measure as measuring
+from hf_ext.benchmarks import records
 from hf_ext.benchmarks.objectives_measure import BARS, PLAIN, Method, Sizes
 from hf_ext.cli.output import CliError, print_table, quiet
 from hf_ext.verify.stamp import hardware, versions
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     if options.rounds < 1 or options.steps < 1 or options.threads < 1:
         raise CliError("--rounds, --steps and --threads must be 1 at least")
-    folder = _results() if options.write else None
+    folder = records.results() if options.write else None
     quiet()
     only = tuple(filter(None, (options.objectives or "").split(",")))
     chosen = measuring.methods(only)
@@ -99,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_table(LOGITS_COLUMNS, [_logits_cells(row) for row in record["logits"]["rows"]], title="Logits")
     name = "objectives" if len(parts) == len(PARTS) else f"objectives_{parts[0]}"
     for path in filter(None, [options.json, folder and folder / f"{name}.json"]):
-        _write(path, json.dumps(record, indent=1) + "\n")
+        records.write(path, json.dumps(record, indent=1) + "\n")
     if folder is not None:
-        _write(folder / f"{name}.md", markdown(record))
+        records.write(folder / f"{name}.md", markdown(record))
     broken = [f"{row['name']}: {row['problem']}" for part in ("training", "logits") if part in record
               for row in record[part]["rows"] if row.get("broke")]  # fmt: skip
     if broken:
@@ -241,19 +242,6 @@ def _plain(argv: Sequence[str]) -> list[str]:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _results() -> Path:
-    here = Path(__file__).resolve().parent
-    if not (here.parent / "pyproject.toml").is_file():
-        raise CliError("--write needs a checkout of hf_ext; use --json FILE here")
-    return here / "results"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

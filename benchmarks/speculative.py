@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from hf_ext.benchmarks import damped, speculative_table
+from hf_ext.benchmarks import damped, records, speculative_table
 from hf_ext.benchmarks.speculative_figures import Curves, figures
 from hf_ext.benchmarks.speculative_measure import WIDTHS, weights_memory, widths
 from hf_ext.benchmarks.speculative_methods import ASSISTED, PLAIN, Method, select
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CliError("--tokens must be 2 at least: the first token belongs to the prompt")
     if any(temperature < 0 for temperature in arguments.temperature):
         raise CliError(f"--temperature must be 0 or more, got {min(arguments.temperature):g}")
-    folder = _results() if arguments.write else None
+    folder = records.results() if arguments.write else None
     methods = [] if arguments.methods == "none" else select(arguments.methods)
     # MKL reads it when it is used first, which importing torch does not do.
     os.environ["MKL_CBWR"] = os.environ.get("MKL_CBWR", arguments.mkl_cbwr)
@@ -92,10 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         torch.set_num_threads(threads)
     if arguments.json is not None:
-        _write(arguments.json, json.dumps(record, indent=1) + "\n")
+        records.write(arguments.json, json.dumps(record, indent=1) + "\n")
     if folder is not None:
-        _write(folder / "speculative.json", json.dumps(record, indent=1) + "\n")
-        _write(folder / "speculative.md", speculative_table.markdown(record))
+        records.write(folder / "speculative.json", json.dumps(record, indent=1) + "\n")
+        records.write(folder / "speculative.md", speculative_table.markdown(record))
     _complain(record)
 
 
@@ -214,19 +214,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 at least, got {value}")
     return value
-
-
-def _results() -> Path:
-    here = Path(__file__).resolve().parent
-    if not (here.parent / "pyproject.toml").is_file():
-        raise CliError("--write needs a checkout of hf_ext; use --json FILE here")
-    return here / "results"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
