@@ -4,9 +4,10 @@
     TRITON_INTERPRET=1 hf-ext bench cache_gpu --dry-run    on the CPU: tiny shapes, every path, no figures
 
 Each result is first held against its definition in float64; one that is wrong ends the run with an error, and nothing
-is timed. All these operations wait for memory: speeds are gigabytes a second of what must be read and written at
+of it is timed. All these operations wait for memory: speeds are gigabytes a second of what must be read and written at
 least, also as a share of what a large copy reaches on the same device just before. The eager way may well move more
-than it must: that is what it is compared for.
+than it must: that is what it is compared for. What is known is written after each shape, so that a run which is cut off
+has not been for nothing.
 """
 
 from __future__ import annotations
@@ -222,16 +223,25 @@ def compare(
     return rows
 
 
-def measure(device: torch.device, dtype: torch.dtype, clock: Clock, tiny: bool = False) -> dict[str, Any]:
-    """Return all figures, or raise a CliError at the first wrong result."""
-    best = bandwidth(device, clock)
-    rows = [
-        row
-        for shape in (TINY if tiny else SHAPES)
-        for name in MEASURED
-        for row in compare(name, shape, device, dtype, clock, best)
-    ]
-    return {"copy_gb_per_s": best, "rows": rows}
+def measure(
+    device: torch.device, dtype: torch.dtype, clock: Clock, tiny: bool = False,
+    tell: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return all figures, or raise a CliError at the first wrong result.
+
+    Args:
+        device: on which to measure.
+        dtype: of keys and values.
+        clock: times functions.
+        tiny: whether shapes are tiny, to go through everything.
+        tell: called after each shape with what there is so far.
+    """
+    found: dict[str, Any] = {"copy_gb_per_s": bandwidth(device, clock), "rows": []}
+    for shape in TINY if tiny else SHAPES:
+        for name in MEASURED:
+            found["rows"] += compare(name, shape, device, dtype, clock, found["copy_gb_per_s"])
+        tell(found)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -248,21 +258,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise CliError("this benchmark needs a GPU; --dry-run goes through it on the CPU")
     device = torch.device("cuda", torch.cuda.current_device())
-    found = measure(device, torch.bfloat16, Clock(device, chosen.runs))
     name = torch.cuda.get_device_name(device)
+    folder = chosen.out or Path(__file__).resolve().parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"cache_gpu_{name.replace(' ', '_')}.json"
+    stamp = {
+        "date": datetime.now(UTC).date().isoformat(), "command": "hf-ext bench cache_gpu", "device": name,
+        "hardware": hardware(), "versions": versions(), "dtype": "bfloat16",
+    }  # fmt: skip
+
+    def tell(found: dict[str, Any]) -> None:
+        path.write_text(json.dumps({**stamp, **found}, indent=1) + "\n", encoding="utf-8")
+        print(f"{len(found['rows'])} figures in {path}", flush=True)
+
+    found = measure(device, torch.bfloat16, Clock(device, chosen.runs), tell=tell)
     print(f"{name}: a large copy reaches {found['copy_gb_per_s']:.0f} GB/s")
     columns = ["what", "rows", "key_heads", "tokens", "width", "way", "ms", "gb_per_s", "share_of_copy"]
     cells = [[row[column] for column in columns] for row in found["rows"]]
     print_table(columns, [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in line] for line in cells])
-    record = {
-        "date": datetime.now(UTC).date().isoformat(), "command": "hf-ext bench cache_gpu", "device": name,
-        "hardware": hardware(), "versions": versions(), "dtype": "bfloat16", **found,
-    }  # fmt: skip
-    folder = chosen.out or Path(__file__).resolve().parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"cache_gpu_{name.replace(' ', '_')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self.queries: Tensor | None = None
         self.query_real: Tensor | None = None
         self._new: tuple[Tensor, Tensor] | None = None
+        self._offload_attended = False
 
     def _empty_store(self) -> DenseStore | PackedStore | RaggedStore:
         fields = self.policy.field_names()
@@ -313,8 +314,10 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
                     setattr(holder, name, change(getattr(holder, name)))
 
     def offload(self) -> None:
-        """Move what is held to the CPU."""
-        if self.is_initialized:
+        """Move what is held to the CPU, after its attention: transformers asks for it at the end of `update`."""
+        if self._new is not None:
+            self._offload_attended = True
+        elif self.is_initialized:
             self.store.to("cpu")
 
     def prefetch(self) -> None:
@@ -438,6 +441,9 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self.pending.append(step)
         else:
             self._settle([step], prefill=step.count > 1)
+        if self._offload_attended:
+            self._offload_attended = False
+            self.offload()
 
     def _holds_prompt(self, passes: list[Pass]) -> bool:
         """Tell whether recorded passes are the first ones: they hold the prompt."""

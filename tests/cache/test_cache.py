@@ -176,6 +176,31 @@ def test_offloading_moves_all_that_is_held():
     assert all(tensor.device.type == "cpu" for tensor in cache._tensors())
 
 
+@pytest.mark.parametrize("implementation", ["hf_ext", "sdpa"])
+def test_a_layer_is_offloaded_after_its_attention(implementation, monkeypatch):
+    """Transformers offloads at the end of `update`, before the attention of "hf_ext" has read what is held."""
+    model = model_of(implementation=implementation)
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    update, held = CompressedCache.update, []
+
+    def offloading(self, key, value, layer, *args, **kwargs):
+        found = update(self, key, value, layer, *args, **kwargs)
+        self.layers[layer].offload()
+        return found
+
+    monkeypatch.setattr(CompressedCache, "update", offloading)
+    for layer in cache.layers:
+        monkeypatch.setattr(
+            layer.store,
+            "to",
+            lambda device, store=layer.store: held.append((str(device), len(store.buffers), len(store))),
+        )
+    with torch.no_grad():
+        model(torch.arange(1, 13)[None], past_key_values=cache)
+        model(torch.arange(1, 3)[None], past_key_values=cache)
+    assert held == [("cpu", 3, 6)] * 4, "what is moved is what is left after the pass"
+
+
 def test_reset_forgets_everything():
     model = model_of()
     cache = CompressedCache(model.config, Knorm(budget=6))

@@ -1,4 +1,9 @@
-"""The kernels of caches, compiled and on a GPU, against float64. Run by `make gpu`."""
+"""The kernels of caches, compiled and on a GPU, against float64. Run by `make gpu`.
+
+Compiling takes nearly all the time, a second or more a kernel, and every width, dtype and set of options is a kernel of
+its own. So each width meets each number of bits, and dtypes and options take turns: about a hundred kernels rather than
+eight hundred.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +12,20 @@ from typing import Any
 import pytest
 import torch
 
+from hf_ext.cache import H2O, KIVI, AdaKV, CachePolicy, CompressedCache, Knorm, SnapKV
 from hf_ext.kernels.compaction import compact, compact_ragged, compact_ragged_reference, compact_reference
 from hf_ext.kernels.merge_entries import merge_entries, merge_entries_reference
 from hf_ext.kernels.packed_attention import packed_attention, packed_attention_reference
 from hf_ext.kernels.packing import quantise_keys, quantise_values
 from hf_ext.kernels.ragged_attention import ragged_attention, ragged_attention_reference
+from hf_ext.testing import tiny_models
+from hf_ext.testing.cache_base import positions
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
-DTYPES = pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+#: Each width with one dtype, and each dtype with some width.
+TURNS = [(64, torch.float32), (80, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)]
+WIDTHS = pytest.mark.parametrize(("width", "dtype"), TURNS, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +55,7 @@ def cache(dtype: torch.dtype, entries: int, width: int) -> list[torch.Tensor]:
     return [tensor.cuda() for tensor in made]
 
 
-@DTYPES
-@pytest.mark.parametrize("width", [64, 80, 128, 256, 512])
+@pytest.mark.parametrize(("width", "dtype"), [*TURNS, (512, torch.float16)], ids=str)
 def test_compaction_is_bit_for_bit_that_of_the_index(dtype: torch.dtype, width: int) -> None:
     for entries, kept in ((1, 1), (1000, 333), (4096, 4096)):
         tensors = cache(dtype, entries, width)
@@ -61,8 +70,7 @@ def test_compaction_is_bit_for_bit_that_of_the_index(dtype: torch.dtype, width: 
             assert torch.equal(a, b), f"tensor {number} of {entries} entries, ragged"
 
 
-@DTYPES
-@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@WIDTHS
 def test_ragged_attention(dtype: torch.dtype, width: int) -> None:
     lengths = torch.tensor([[5000, 3], [700, 64], [0, 1]])
     starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view(3, 2)
@@ -70,37 +78,46 @@ def test_ragged_attention(dtype: torch.dtype, width: int) -> None:
     flat = [random(slots, width).to("cuda", dtype), random(slots, width, seed=1).to("cuda", dtype)]
     bias = torch.rand(slots, device="cuda")
     sinks = torch.randn(8, device="cuda")
-    for queries in (1, 7, 40):
+    capped = {"softcap": 4.0, "sinks": sinks, "scale": 0.2}
+    for queries, given in ((1, ({}, {"bias": bias}, capped)), (7, ({"bias": bias},)), (40, (capped,))):
         query = random(3, 8, queries, width).to("cuda", dtype)
         tensors = [query, *flat, starts.cuda(), lengths.cuda()]
         double = [tensor.double() for tensor in tensors[:3]] + tensors[3:]
-        for options in ({}, {"bias": bias}, {"softcap": 4.0, "sinks": sinks, "scale": 0.2}):
+        for options in given:
             found = ragged_attention(*tensors, **options)
             close(found, ragged_attention_reference(*double, **options), BOUNDS[dtype])
 
 
-@DTYPES
+@WIDTHS
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("width", [64, 80, 128, 256])
-def test_packed_attention(dtype: torch.dtype, bits: int, width: int) -> None:
-    for tokens, group in ((32, 32), (4096, 32), (999, 27), (2048, 128), (0, 32)):
-        keys, values = (random(2, 2, tokens, width, seed=seed).to("cuda", dtype) for seed in (0, 1))
-        packed = (*quantise_keys(keys, bits, group), *quantise_values(values, bits, 16))
-        visible = torch.rand(2, 2, tokens, device="cuda") < 0.7
-        for queries in (1, 9):
+def test_packed_attention(bits: int, width: int, dtype: torch.dtype) -> None:
+    # Lengths make no new kernels; groups, options and the number of queries do.
+    capped, biased = {"visible", "softcap"}, {"bias"}
+    for lengths, group, queries, names in (
+        ((32, 4096, 0), 32, 1, set()),
+        ((4096,), 32, 1, capped),
+        ((4096,), 32, 9, biased),
+        ((999,), 27, 1, biased),
+        ((2048,), 128, 9, set()),
+    ):
+        for tokens in lengths:
+            keys, values = (random(2, 2, tokens, width, seed=seed).to("cuda", dtype) for seed in (0, 1))
+            packed = (*quantise_keys(keys, bits, group), *quantise_values(values, bits, 16))
+            visible = torch.rand(2, 2, tokens, device="cuda") < 0.7
+            whole = {"visible": visible, "softcap": 4.0, "bias": torch.rand_like(visible, dtype=torch.float)}
+            options = {name: whole[name] for name in names}
             query = random(2, 8, queries, width).to("cuda", dtype)
-            for options in (
-                {},
-                {"visible": visible, "softcap": 4.0},
-                {"bias": torch.rand_like(visible, dtype=torch.float)},
-            ):
-                found = packed_attention(query, *packed, bits=bits, **options)
-                expected = packed_attention_reference(query.double(), *packed, bits=bits, **options)
-                close(found, expected, BOUNDS[dtype])
+            found = packed_attention(query, *packed, bits=bits, **options)
+            expected = packed_attention_reference(query.double(), *packed, bits=bits, **options)
+            close(found, expected, BOUNDS[dtype])
 
 
-@DTYPES
-@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+def test_packed_attention_in_every_dtype(dtype: torch.dtype) -> None:
+    test_packed_attention(4, 128, dtype)
+
+
+@WIDTHS
 def test_merging_entries(dtype: torch.dtype, width: int) -> None:
     for entries, count in ((1, 1), (1000, 300), (4096, 10), (50, 200)):
         sets = torch.randint(0, count, (2, 3, entries), device="cuda").sort(-1).values
@@ -111,6 +128,37 @@ def test_merging_entries(dtype: torch.dtype, width: int) -> None:
         found = merge_entries(keys, values, weights, sets, count, masses=masses)
         expected = merge_entries_reference(keys.double(), values.double(), weights, sets, count, masses=masses)
         close(found, expected, BOUNDS[dtype])
+
+
+POLICIES = [
+    Knorm(budget=6), SnapKV(budget=6, window=2, when="both"), H2O(budget=6), AdaKV(policy=Knorm(), budget=6),
+    KIVI(bits=8, group=4, residual=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("offloading", [False, True], ids=["resident", "offloaded"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_a_cache_holds_and_gives_what_it_does_on_the_cpu(policy: CachePolicy, offloading: bool) -> None:
+    """Chunks, steps and padding, through the kernels."""
+    ids, mask = tiny_models.prompts((21, 14))
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_models.build("llama", head_dim=16).to(device)
+        model.set_attn_implementation("hf_ext")
+        cache = CompressedCache(model.config, policy, offloading=offloading and device == "cuda")
+        logits, start = [], 0
+        for count in (9, 1, 6, 1, 1, 3):
+            stop = start + count
+            given = (ids[:, start:stop], mask[:, :stop], positions(mask[:, :stop], count))
+            part, seen, where = (tensor.to(device) for tensor in given)
+            with torch.no_grad():
+                out = model(part, attention_mask=seen, position_ids=where, past_key_values=cache)
+            logits.append(out.logits.cpu())
+            start = stop
+        found.append((torch.cat(logits, dim=1)[mask.bool()], [cache.columns(layer).cpu() for layer in range(2)]))
+    # A code that lies between two may become either.
+    close([found[1][0]], [found[0][0].double()], 5e-2 if isinstance(policy, KIVI) else 1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
