@@ -393,7 +393,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         if isinstance(self.store, PackedStore) and attending_packed.reads_codes(self.store, query, given, plain):
             output, sums = attending_packed.attend_packed(self.store, query, given, step.scale, softcap, sinks)
             step.column_sums = sums if at_once else None
-        elif at_once and not plain and attending.sees_all(self, given, query):
+        elif isinstance(self.store, DenseStore) and at_once and not plain and attending.sees_all(self, given, query):
             output, step.column_sums = attending.attend_one(self.store, query, step.scale, softcap, sinks)
         elif not isinstance(self.store, RaggedStore):
             seen = attending.visible(self, given, held, query)
