@@ -134,12 +134,12 @@ def test_bf16_autocast_gives_nearly_the_loss_of_full_precision():
     assert abs(half - full) < 2e-2 * full, f"{half} under bf16, {full} in float32"
 
 
-def test_the_model_still_generates_while_the_head_is_on_it():
+def test_the_model_still_generates_while_the_head_is_on_it(tmp_path):
     target = tiny_model().eval()
     ids = torch.tensor([[1, 5, 6]])
     expected = target.generate(ids, max_new_tokens=5, do_sample=False)
     callback = TrainDraftHead(made(*HEADS[0]))
-    with_callback = Trainer(target, arguments("unused"), callbacks=[callback])
+    with_callback = Trainer(target, arguments(tmp_path), callbacks=[callback])
     assert torch.equal(with_callback.model.generate(ids, max_new_tokens=5, do_sample=False), expected)
     assert any("draft_head" in line for line in callback.installed())
     callback.remove()
@@ -160,9 +160,9 @@ def test_remove_cleans_up_after_training_that_raised():
     assert all(parameter.requires_grad for parameter in target.parameters())
 
 
-def test_a_pass_that_raises_leaves_no_layer_hook_behind():
+def test_a_pass_that_raises_leaves_no_layer_hook_behind(tmp_path):
     target, callback = tiny_model(), TrainDraftHead(made(*HEADS[0]))
-    Trainer(target, arguments("unused"), callbacks=[callback])
+    Trainer(target, arguments(tmp_path), callbacks=[callback])
     with pytest.raises(IndexError):
         target(input_ids=torch.tensor([[5, 999]]), labels=torch.tensor([[5, 6]]))
     assert not any(layer._forward_hooks for layer in target.model.layers)

@@ -148,15 +148,15 @@ def test_measuring_leaves_mode_and_weights_alone():
         ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}, "set it to False"),
     ],
 )
-def test_another_recipe_is_refused(changes, message):
+def test_another_recipe_is_refused(changes, message, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1} if "eval_steps" in changes else {}
-    args = arguments("unused", **{"lr_scheduler_type": "constant", "learning_rate": 1e-5, **options, **changes})
+    args = arguments(tmp_path, **{"lr_scheduler_type": "constant", "learning_rate": 1e-5, **options, **changes})
     with pytest.raises(ValueError, match=message):
         Hyperfitting().setup(tiny_model(), None, args)
 
 
-def test_wrong_options_are_refused():
-    args = arguments("unused", lr_scheduler_type="constant", learning_rate=1e-5)
+def test_wrong_options_are_refused(tmp_path):
+    args = arguments(tmp_path, lr_scheduler_type="constant", learning_rate=1e-5)
     with pytest.raises(ValueError, match="has no tokenizer"):
         Hyperfitting(prompts=["def"]).setup(tiny_model(), None, args)
     with pytest.raises(ValueError, match=r"write \[text\]"):
