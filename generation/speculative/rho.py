@@ -42,33 +42,20 @@ def solve_rho(p: torch.Tensor, q: torch.Tensor, k: int) -> float:
     between = np.flatnonzero(~(at_most_1 | at_least_k))
     p_mass, q_mass = float(target.dot(at_most_1)), float(draft.dot(at_least_k))
     p_between, q_between = target[between], draft[between]
-    ratios = p_between / q_between
-    order = ratios.argsort()
-    ratios, p_sums, q_sums = ratios[order], p_between[order].cumsum(), q_between[order].cumsum()
-    q_mass += float(q_sums[-1]) if len(ratios) else 0.0
-
-    def masses(below: int) -> tuple[float, float]:
-        """P and Q where `below` of the ratios are smaller than rho."""
-        return (p_mass + float(p_sums[below - 1]), q_mass - float(q_sums[below - 1])) if below else (p_mass, q_mass)
-
-    def too_small(rho: float, p_part: float, q_part: float) -> bool:
-        return any_of(q_part + p_part / rho, k) > rho * q_part + p_part
-
-    first, last = 0, len(ratios)
-    while first < last:
-        middle = (first + last) // 2
-        if too_small(float(ratios[middle]), *masses(middle)):
-            first = middle + 1
-        else:
-            last = middle
-    low = float(ratios[first - 1]) if first else 1.0
-    high = float(ratios[first]) if first < len(ratios) else float(k)
-    p_part, q_part = masses(first)
-    while low < (rho := (low + high) / 2) < high:
-        if too_small(rho, p_part, q_part):
-            low = rho
-        else:
-            high = rho
+    ratios, q_mass = p_between / q_between, q_mass + float(q_between.sum())
+    low, high = 1.0, float(k)
+    rho = (low + high) / 2
+    while low < rho < high:
+        below = ratios < rho
+        p_part, q_part = p_mass + float(p_between.dot(below)), q_mass - float(q_between.dot(below))
+        beta = q_part + p_part / rho
+        excess = any_of(beta, k) - rho * q_part - p_part
+        slope = k * max(1 - beta, 0.0) ** (k - 1) * p_part / rho**2 + q_part
+        low, high = (rho, high) if excess > 0 else (low, rho)
+        better = rho + excess / slope if slope > 0 else rho
+        if slope > 0 and abs(better - rho) <= 1e-15 * rho:
+            return min(max(better, rho), high)
+        rho = better if low < better < high else (low + high) / 2
     return high
 
 

@@ -153,6 +153,31 @@ def test_windows_of_cache_layers_bound_what_is_held():
     assert max(seen) <= 2 * longest, f"layers with a window of {tiny_models.WINDOW} grew to {max(seen)} columns"
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_no_token_is_held_twice_and_a_chain_takes_no_room_beyond_the_text(given):
+    model = tiny_models.shared("llama")
+    ids, mask = tiny_models.prompts((9, 4) if given else (9, 7))
+    seen = []
+
+    class Watch(RandomTrees):
+        def propose(self, context):
+            held = 0 if given else int(context.run.cache.get_seq_length())
+            seen.append((held, [layer.keys.shape[2] for layer in context.target.cache.layers]))
+            return DraftTree.chain(torch.full((context.target.lanes, context.useful_depth(3)), 5))
+
+    @dataclasses.dataclass
+    class Watched(Random):
+        def drafter(self, run):
+            return Watch(self.answers, self.nodes, self.seed)
+
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20, "pad_token_id": PAD}
+    if given:  # as a DynamicCache that the caller keeps is moved, not read into
+        settings["past_key_values"] = DynamicCache()
+    Watched().generate(model, ids, **settings)
+    assert seen, "nothing was drafted"
+    assert all(held == 0 and room == [9 + 20] * 2 for held, room in seen), seen
+
+
 def test_a_row_that_ends_early_costs_nothing_more():
     model = tiny_models.shared("llama")
     ids, mask = tiny_models.prompts(LENGTHS)
