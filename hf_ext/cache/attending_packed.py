@@ -88,16 +88,17 @@ def _at_once(
 ) -> tuple[Tensor, Tensor]:
     """Attend to packed and recent entries with one softmax, which takes fewer steps."""
     rows, heads, count, _ = query.shape
-    recent, frozen, codes, bits = store.recent, store.frozen, store.codes(), store.quantisation.bits
+    recent, frozen, bits = store.recent, store.frozen, store.quantisation.bits
+    key_codes, key_scale, key_zero, value_codes, value_scale, value_zero = store.codes()
     grouped = _grouped(query, store, scale)
     scores = grouped.new_empty(*grouped.shape[:3], len(store))
     packed, open_ = scores[..., :frozen], scores[..., frozen:]
-    packed_scores(grouped, *codes[:3], bits, packed)
+    packed_scores(grouped, key_codes, key_scale, key_zero, bits, packed)
     open_.copy_(grouped @ recent.keys.to(grouped.dtype).mT)
     scores = _capped(scores, softcap)
-    if recent.bias is not None:
-        assert store.packed_bias is not None
+    if store.packed_bias is not None:
         packed += store.packed_bias[:, :, None]
+    if recent.bias is not None:
         open_ += recent.bias[:, :, None]
     visible, hidden = store.visible(), _hidden(store, given, count)
     if visible is not None:
@@ -111,7 +112,7 @@ def _at_once(
         sink = sinks.to(scores.dtype).repeat_interleave(count).view(1, grouped.shape[1], -1, 1)
         lse = scores.logsumexp(-1, keepdim=True)
         weights *= (lse - torch.logaddexp(lse, sink)).exp()
-    out = packed_sums(weights[..., :frozen], *codes[3:], bits)
+    out = packed_sums(weights[..., :frozen], value_codes, value_scale, value_zero, bits)
     out += weights[..., frozen:] @ recent.values.to(out.dtype)
     return out.view(rows, heads, count, -1), weights[..., frozen:].sum(2)
 

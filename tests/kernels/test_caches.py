@@ -128,6 +128,17 @@ def test_blocks_of_tokens_change_nothing(tokens: int, monkeypatch: pytest.Monkey
         close(packed_attention_torch(*tensors, bits=4), expected)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("width", "group"), [(48, 8), (48, 16), (48, 24), (48, 48), (80, 20)])
+def test_groups_of_channels_need_not_go_with_the_planes_of_bytes(bits: int, width: int, group: int) -> None:
+    query, *keys = packed(bits)[:4]
+    values = quantise_values(random(2, 2, 48, width), bits, group)
+    close(
+        packed_attention_torch(query, *keys, *values, bits=bits),
+        packed_attention_reference(query, *keys, *values, bits=bits),
+    )
+
+
 def test_parts_of_larger_stores_are_read_where_they_are() -> None:
     query, *tensors = packed()
     cut = [tensor[:, :, : tensor.shape[2] * 2 // 3] for tensor in tensors]

@@ -9,7 +9,7 @@ import torch
 
 from hf_ext.kernels import ragged_attention as module
 from hf_ext.kernels.attention import attention_reference
-from hf_ext.kernels.ragged_attention import ragged_attention_reference, ragged_attention_torch
+from hf_ext.kernels.ragged_attention import ragged_attention_reference, ragged_attention_torch, ragged_decode_torch
 
 LENGTHS = [[12, 3], [7, 20], [1, 0]]
 BOTH = pytest.mark.parametrize("function", [ragged_attention_reference, ragged_attention_torch])
@@ -101,6 +101,14 @@ def test_a_mass_of_two_is_an_entry_given_twice(function: Any) -> None:
     bias = torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0], dtype=torch.float64).log()
     expected = function(query, keys[twice], values[twice], starts, lengths + 2)
     close(function(query, keys, values, starts, lengths, bias=bias), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_way_of_one_query_is_the_same(biased: bool) -> None:
+    tensors = flat(queries=1)
+    bias = torch.linspace(-1, 1, len(tensors[1]), dtype=tensors[1].dtype) if biased else None
+    expected, lse = ragged_attention_reference(*tensors, scale=0.3, bias=bias)
+    close((ragged_decode_torch(*tensors, scale=0.3, bias=bias), lse), (expected, lse))
 
 
 def test_the_quick_way_takes_many_queries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
