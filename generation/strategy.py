@@ -126,6 +126,7 @@ class DecodingStrategy(abc.ABC):
             ValueError: something was asked for that this strategy cannot do.
         """
         name = type(self).__name__
+        model_kwargs.pop("labels", None)  # Seq2SeqTrainer hands them on, and generate itself drops them, too
         if synced_gpus is None:
             synced_gpus = adapter.needs_synced_gpus(model)
         check_config(name, self.options(), generation_config, model.generation_config)

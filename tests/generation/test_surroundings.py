@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps elsewhere, on `meta` until a layer needs them, give the same text."""
+"""What libraries put around a model or a call changes no text: offloaded weights, the labels of a Trainer."""
 
 from __future__ import annotations
 
@@ -28,4 +28,13 @@ def test_an_offloaded_model_gives_the_text_of_the_model(name: str) -> None:
     settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, **settings, custom_generate=STRATEGIES[name](model))
     found = offloaded.generate(ids, **settings, custom_generate=STRATEGIES[name](offloaded))
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_labels_that_seq2seq_trainer_hands_on_are_dropped_as_generate_drops_them(name: str) -> None:
+    model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings, custom_generate=STRATEGIES[name](model))
+    found = model.generate(ids, **settings, custom_generate=STRATEGIES[name](model), labels=ids)
     assert found.tolist() == expected.tolist()
