@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_ext import adapter
 from hf_ext.cache.soft.layout import Layout, Piece
@@ -143,7 +144,7 @@ def read(model: Any, layout: Layout, *, logits: bool = False, cache: Any = None,
     """
     check_length(model, int(layout.position_ids.max()) + 1, what)
     inputs = layout.inputs()
-    decoder = model.get_decoder()
+    decoder = _decoder(model)
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         del inputs["position_ids"]  # such models count by the mask
     inputs |= {"use_cache": cache is not None, "return_dict": True}
@@ -159,6 +160,21 @@ def read(model: Any, layout: Layout, *, logits: bool = False, cache: Any = None,
         finally:
             hook.remove()
     return Reading(seen[0], out.logits)
+
+
+def _decoder(model: Any) -> Any:
+    """Return the part of a causal LM that its head reads from."""
+    decoder = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    # Some text models that also stand within larger ones, as Llama 4's, say that they are it themselves.
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if len(parts) != 1:
+        raise ValueError(
+            f"{type(model).__name__} does not say which part of it gives the states that its head reads: get_decoder() "
+            f"returns the model itself, which has {len(parts)} models in it"
+        )
+    return parts[0]
 
 
 def cached(model: Any, pieces: Sequence[Piece], cache: Any = None) -> Any:

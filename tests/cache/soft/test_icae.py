@@ -54,6 +54,24 @@ def test_slots_are_the_last_states_at_the_memory_tokens_whatever_the_padding(kin
 
 
 @torch.no_grad()
+def test_a_model_that_calls_itself_its_decoder_is_read_below_its_head():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe_layers=[], max_position_embeddings=64,
+    )  # fmt: skip
+    base = tiny_models.fill(Llama4ForCausalLM(config))
+    assert base.get_decoder() is base, "transformers says now which part it is; this test has nothing to show"
+    model = ICAEModel(
+        base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False), slots=3
+    ).eval()
+    slots = model.compress(CONTEXT, CONTEXT_MASK)
+    for row, (ids, mask) in enumerate(zip(CONTEXT, CONTEXT_MASK, strict=True)):
+        close(slots.vectors[row], by_hand(model, ids[mask.bool()][None])[0], f"row {row}", tolerance=2e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_after_slots_read_as_embeddings_of_the_untouched_model(kind: str):
     model, plain = built(kind), tiny_models.build(kind)
