@@ -56,13 +56,19 @@ test-oldest: $(OLDEST)/.installed ## the same suite on the oldest supported tran
 # Installs nothing, so that it runs without network in whatever environment the GPU machine has.
 HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))'
 GPU_PYTHON ?= $(or $(shell for p in python3 python $(PYTHON); do $$p $(HAS_TORCH) 2> /dev/null && echo $$p && break; done),$(PYTHON))
-gpu: ## what needs a GPU, with the first Python that has torch, or GPU_PYTHON=...
+# Nearly all of the tests' time is compiling, for which many processes can share a GPU.
+GPU_JOBS ?= 8
+GPU_PARALLEL = $(shell $(GPU_PYTHON) -c 'import xdist' 2> /dev/null && printf "%s" "-n $(GPU_JOBS)")
+GPU_TESTS ?= $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
+GPU_BENCHES ?= attention_gpu cache_gpu
+gpu: ## what needs a GPU: correctness, then speed, with the first Python that has torch, or GPU_PYTHON=...
 	$(eval GPU_PYTHON := $(GPU_PYTHON))
 	@$(GPU_PYTHON) $(HAS_TORCH) || \
 		{ echo "make gpu: found no Python with torch and transformers; name one: make gpu GPU_PYTHON=..." >&2; exit 1; }
 	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no GPU")'
 	$(GPU_PYTHON) tests/linked_tree.py $(TREE) > /dev/null
-	PYTHONSAFEPATH=1 PYTHONPATH=$(TREE) $(GPU_PYTHON) -m pytest -m gpu $(PYTEST_ARGS) $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
+	PYTHONSAFEPATH=1 PYTHONPATH=$(TREE) $(GPU_PYTHON) -m pytest -m gpu $(GPU_PARALLEL) $(PYTEST_ARGS) $(GPU_TESTS)
+	$(foreach name,$(GPU_BENCHES),PYTHONSAFEPATH=1 PYTHONPATH=$(TREE) $(GPU_PYTHON) -m hf_ext.cli bench $(name) $(BENCH_ARGS) &&) true
 
 bench: $(VENV)/.installed ## cost of importing, into benchmarks/results/
 	$(VENV)/bin/hf-ext bench import_time
