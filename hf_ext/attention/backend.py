@@ -13,6 +13,7 @@ says so once.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ STATISTICS = "_hf_ext_statistics"
 
 #: The attribute of a tensor of keys that leads to the layer of a compressed cache it came from.
 CACHE_LAYER = "_hf_ext_cache_layer"
+
+#: Configs of models that have been given a packed structure which no layer has come with yet.
+_given: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 #: What `"sdpa"` runs; looked up once, as every layer asks for it in every step.
 _forward: Callable[..., tuple[torch.Tensor, None]] | None = None
@@ -96,6 +100,8 @@ def mask(
         return adapter.sdpa_mask(**sizes, **{**given, "allow_is_causal_skip": False})
     from hf_ext.attention.packed import pack
 
+    if config is not None and not torch.compiler.is_compiling():
+        _given[id(config)] = config
     return pack(structure)
 
 
@@ -146,6 +152,8 @@ def attention(
                    "output_attentions": output_attentions, **kwargs}  # fmt: skip
         return _attend_to_cache(layer, module, query, attention_mask, options)
     on_gpu = runs_kernels(query.device)
+    if on_gpu and attention_mask is not None and _given:
+        _check_untouched(module, attention_mask)
     if query.is_cuda and not HAS_TRITON:
         _say_once("triton, which the kernels need, is not installed (pip install 'hf_ext[kernels]')")
     by_sdpa = softcap is None and s_aux is None
@@ -195,6 +203,19 @@ def attention(
         note(statistics, module, lse, sums)
     assert output is not None
     return output, weights
+
+
+def _check_untouched(module: torch.nn.Module, attention_mask: torch.Tensor) -> None:
+    """Refuse a mask that a model has computed from a packed structure, which only looks like numbers to add.
+
+    Raises:
+        ValueError: the model was given a structure, and comes with something else.
+    """
+    if _given.pop(id(getattr(module, "config", None)), None) is not None and attention_mask.is_floating_point():
+        raise ValueError(
+            f"{type(module).__name__} computes with its mask before it attends, and a structure of "
+            "attn_implementation='hf_ext' is no mask of numbers; use 'sdpa'"
+        )
 
 
 def _attend_to_cache(

@@ -42,6 +42,8 @@ def structure_of(
         return None
     keys = read.order[1] if read.order is not None else torch.zeros_like(read.indices[1])[None]
     queries = read.order[0] if read.order is not None else torch.zeros_like(read.indices[0])[None]
+    if read.blind:
+        queries = torch.full_like(queries, -1)
     if read.position is None:
         # Without a window nobody asks where a token stands.
         read.position = (torch.zeros_like(queries), torch.zeros_like(keys))
@@ -66,6 +68,7 @@ class _Reader:
         self.position: tuple[torch.Tensor, torch.Tensor] | None = None
         self.segment: tuple[torch.Tensor, torch.Tensor] | None = None
         self.window: int | None = None
+        self.blind = False  # nobody sees anything
 
     def part(self, part: Part, numbers: torch.Tensor | None) -> bool:
         """Take in a part that counts `numbers` of the indices, or the indices; False if it does not fit."""
@@ -104,6 +107,9 @@ class _Reader:
     def _windowed(self, numbers: torch.Tensor | None, window: int) -> bool:
         if self.window is not None:
             return False
+        if window < 1:  # so Qwen2-MoE says that it has none, of a mask that no layer of it reads
+            self.blind = True
+            return True
         self.window, self.position = window, self._numbered(numbers)
         return True
 

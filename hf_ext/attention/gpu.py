@@ -54,7 +54,8 @@ def attend_with_kernels(
         assert attention_mask is not None
         seen = {"structure": arguments_of(attention_mask, query.shape[2], key.shape[2])}
     elif attention_mask is not None:
-        seen = {"mask": attention_mask.expand(-1, -1, query.shape[2], -1)}
+        keys = key.shape[2] if attention_mask.shape[3] == 1 else -1
+        seen = {"mask": attention_mask.expand(-1, -1, query.shape[2], keys)}
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, **seen}
     tracked = torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (query, key, value, sinks)

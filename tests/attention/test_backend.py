@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_ext import adapter
-from hf_ext.attention import AttentionStructure, masks_for, pack
+from hf_ext.attention import AttentionStructure, backend, masks_for, pack
 from hf_ext.testing import tiny_models
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "opt", "gpt_oss")
@@ -192,6 +192,21 @@ def test_a_model_that_runs_attention_of_its_own_is_refused(tmp_path: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hf_ext")
     with pytest.raises(ValueError, match="models of BloomConfig run attention of their own"):
         model(IDS)
+
+
+def test_a_model_that_computes_with_its_mask_is_refused_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels run a mask may be a packed structure; a model that adds to it would attend to nonsense."""
+    import transformers as tf
+
+    config = tf.DogeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    model = tf.DogeForCausalLM(config)
+    model.set_attn_implementation("hf_ext")
+    monkeypatch.setattr(backend, "runs_kernels", lambda device: True)
+    with pytest.raises(ValueError, match="computes with its mask before it attends"):
+        model(IDS, attention_mask=MASK)
 
 
 def test_a_structure_of_another_size_is_refused(shared: Build) -> None:

@@ -24,9 +24,13 @@ assert "hf_ext" in AttentionInterface()  # registered as soon as transformers ha
 BLOCKS = torch.tensor([[-1, -1, 0, 0, 0, -1, 1, 1, 2, 2, 2, -1, -1, -1], [0] * 6 + [-1] * 8, [-1] * 14])
 
 
+class Config(types.SimpleNamespace):
+    """Like a model's, it can be referred to weakly."""
+
+
 def config(name: str, **changes: Any) -> Any:
     settings = {"sliding_window": 5, "attention_chunk_size": 4, "is_causal": True, **changes}
-    found = types.SimpleNamespace(_attn_implementation=name, **settings)
+    found = Config(_attn_implementation=name, **settings)
     found.get_text_config = lambda **_: found
     return found
 
@@ -89,6 +93,15 @@ def test_masks_of_steps_with_a_cache(kind: str, static: bool, padding: str) -> N
     for make in ("create_causal_mask",) + (("create_sliding_window_causal_mask",) if kind != "llama" else ()):
         for expected, found in both(make, [9, 1, 3, 1], cache, window, attention_mask=PADDING[padding]):
             check(expected, found, compact=expected is not None and expected.shape[2] > 1)
+
+
+def test_a_window_of_nothing_hides_everything() -> None:
+    """Qwen2-MoE asks for it when it has no window, and no layer looks at it."""
+    for padding in (PADDING["none"], PADDING["left"]):
+        for expected, found in both(
+            "create_sliding_window_causal_mask", [5, 3], DynamicCache, {"sliding_window": 0}, attention_mask=padding
+        ):
+            check(expected, found)
 
 
 @pytest.mark.parametrize("make", ["create_causal_mask", "create_sliding_window_causal_mask"])
