@@ -9,11 +9,18 @@ from typing import Any
 import torch
 
 from hf_ext import adapter
-from hf_ext.generation.checks import check_context
+from hf_ext.attention import AttentionStructure
 from hf_ext.generation.parallel_context_windows import windows_of
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.strategy import positive
-from hf_ext.generation.structured.prompting import Prompt, StructuredPrompting, check_call, prompt_of
+from hf_ext.generation.structured.prompting import (
+    Prompt,
+    StructuredPrompting,
+    check_call,
+    check_positions,
+    new_tokens,
+    prompt_of,
+)
 
 
 @dataclass
@@ -94,7 +101,8 @@ class ParallelEnsemble(StructuredPrompting):
 
     def _lanes(self, prompt: Prompt, name: str) -> tuple[list[list[int]], list[int], list[float]]:
         """Return the windows' prompts, the row of each and its weight."""
-        segments, _ = windows_of(prompt, self.window, self.query, self.shared, name)
+        segments, groups = windows_of(prompt, self.window, self.query, self.shared, name)
+        AttentionStructure.causal(prompt.mask).segments(segments, groups)  # refuses windows in several pieces
         lanes: list[list[int]] = []
         owners: list[int] = []
         weights: list[float] = []
@@ -118,7 +126,7 @@ class ParallelEnsemble(StructuredPrompting):
         self, run: DecodingRun, ids: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Read all windows in one call; return their logits and the forward arguments that follow."""
-        check_context(run.model, int(mask.sum(-1).max()))
+        check_positions(run, AttentionStructure.causal(mask), new_tokens(run))
         others = {n: v for n, v in run.model_kwargs.items() if not isinstance(v, torch.Tensor)}
         own = {
             "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),

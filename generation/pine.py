@@ -137,7 +137,8 @@ class SortingAttention(SegmentAttention):
             return plain(module, query, key, value, mask, **call)
         each = self.rows_each(query, key)
         places = self.positions().to(query.device).expand(len(query), -1)
-        given = None if self.whole else visible(mask, query, key).expand(len(query), -1, -1, -1)
+        seen = visible(mask, query, key).expand(len(query), -1, -1, -1)  # which refuses masks that do more than hide
+        given = None if self.whole else seen
         rows = [
             self._row(module.layer_idx, row // each, query[row], key[row], value[row], places[row],
                       None if given is None else given[row], call)

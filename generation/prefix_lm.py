@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from hf_ext.attention import AttentionStructure
 from hf_ext.generation.structured.prompting import Prompt, StructuredPrompting
 
@@ -12,7 +14,7 @@ from hf_ext.generation.structured.prompting import Prompt, StructuredPrompting
 class PrefixLM(StructuredPrompting):
     """Read the prompt without the causal mask: its tokens see each other in both directions.
 
-    What is generated stays causal. With `segment_ids`, the segments are spans of their own instead: the
+    What is generated stays causal. Where a prompt has `segment_ids`, they are spans of their own instead: the
     tokens of a span see each other and all before the span, what stands outside of spans stays causal.
     Positions do not change.
 
@@ -38,5 +40,6 @@ class PrefixLM(StructuredPrompting):
 
     def structure(self, prompt: Prompt) -> AttentionStructure:
         """Return causal attention with spans; the whole prompt is one unless it has segments."""
-        spans = prompt.segments if bool(prompt.segments.any()) else prompt.mask.long()
+        has_spans = (prompt.mask & (prompt.segments > 0)).any(-1, keepdim=True)
+        spans = torch.where(has_spans, prompt.segments, prompt.mask.long())
         return AttentionStructure.causal(prompt.mask).spans(spans)

@@ -115,8 +115,8 @@ class StructuredPrompting(DecodingStrategy):
         if prompt is not given:
             read_instead(run, given, prompt, name)
         structure = self.structure(prompt)
-        before, new = prompt.ids.shape[1] - given.ids.shape[1], _new_tokens(run)
-        _check_positions(run, structure, new)
+        before, new = prompt.ids.shape[1] - given.ids.shape[1], new_tokens(run)
+        check_positions(run, structure, new)
         plain = AttentionStructure.causal(prompt.mask).keys.position
         if bool(((structure.keys.position != plain) & prompt.mask).any()):
             self._count_positions_in_windows(run, structure, before, prompt.ids.shape[1] + new, inner)
@@ -267,8 +267,17 @@ def check_call(run: DecodingRun, name: str) -> None:
         raise ValueError(f"{name} reads the prompt in one piece; leave prefill_chunk_size out")
 
 
-def _check_positions(run: DecodingRun, structure: AttentionStructure, new: int) -> None:
-    """Refuse what runs out of the model's positions; tokens side by side share theirs."""
+def check_positions(run: DecodingRun, structure: AttentionStructure, new: int) -> None:
+    """Refuse what runs out of the model's positions; tokens side by side share theirs.
+
+    Args:
+        run: the call.
+        structure: of what is read.
+        new: tokens that may follow it.
+
+    Raises:
+        ValueError: the prompt takes more positions than the model has, or prompt and text more than its table.
+    """
     if getattr(run.model, "_extrapolates_length", False):
         return
     context = getattr(run.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -300,14 +309,18 @@ def prompt_of(run: DecodingRun, name: str) -> Prompt:
         name: of the method, for messages.
 
     Raises:
-        ValueError: segments or groups of another shape than the ids.
+        ValueError: segments or groups of another shape than the ids, or that are no numbers from 0 on; groups of what
+            is in no segment, or segments in no group.
     """
     ids, mask = run.input_ids, run.attention_mask.bool()
     found: list[torch.Tensor | None] = []
     for field in ("segment_ids", "group_ids"):
         value = run.model_kwargs.pop(field, None)
         if value is not None:
-            value = torch.as_tensor(value, device=ids.device).long()
+            value = torch.as_tensor(value, device=ids.device)
+            if bool(((value < 0) | (value != value.long())).any()):
+                raise ValueError(f"{name}: {field} must be whole numbers from 0 on, got {value.tolist()}")
+            value = value.long()
             if value.ndim == 2 and len(value) and len(ids) % len(value) == 0:
                 value = value.repeat_interleave(len(ids) // len(value), dim=0)  # num_return_sequences
             if value.shape != ids.shape:
@@ -316,8 +329,12 @@ def prompt_of(run: DecodingRun, name: str) -> Prompt:
                 )
         found.append(value)
     segments, groups = found
-    return Prompt(ids, mask, torch.zeros_like(ids) if segments is None else segments, groups)
+    segments = torch.zeros_like(ids) if segments is None else segments
+    if groups is not None and bool((((groups > 0) != (segments > 0)) & mask).any()):
+        raise ValueError(f"{name}: group_ids and segment_ids must be above 0 at the same tokens")
+    return Prompt(ids, mask, segments, groups)
 
 
-def _new_tokens(run: DecodingRun) -> int:
+def new_tokens(run: DecodingRun) -> int:
+    """Return how many tokens a call may generate."""
     return max(int(run.config.max_length or 0) - run.input_ids.shape[1], 0)

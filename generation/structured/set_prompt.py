@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class SetPrompt:
             follow each other are one.
 
     Raises:
-        ValueError: no parts, a set without options, an option without text, or a set within a set.
+        ValueError: no parts, a part that is neither text nor a list, a set without options, an option without text, or
+            a set within a set.
 
     Example:
         >>> prompt = SetPrompt("Is ", ["a cat", "a dog"], " an animal?")
@@ -68,7 +69,7 @@ class SetPrompt:
             markup: the prompt.
 
         Raises:
-            ValueError: a tag that does not fit where it stands, or text between options.
+            ValueError: no text, a tag that does not fit where it stands, or text between options.
 
         Example:
             >>> SetPrompt.parse("Pick <set> <option>a</option> <option>b</option> </set>: ").parts
@@ -76,6 +77,8 @@ class SetPrompt:
             >>> SetPrompt.parse(r"no \<set> here").parts
             ('no <set> here',)
         """
+        if not isinstance(markup, str):
+            raise ValueError(f"a prompt is a str with markup or a SetPrompt, got {markup!r}")
         parts: list[Any] = []
         options: list[str] | None = None
         text, inside, opened = "", False, 0
@@ -164,8 +167,10 @@ class SetPrompt:
             which: number of the set.
 
         Raises:
-            ValueError: `order` does not name every option once.
+            ValueError: `order` does not name every option once, or there is no such set.
         """
+        if not -len(self.sets) <= which < len(self.sets):
+            raise ValueError(f"the prompt has {len(self.sets)} sets, there is none of the number {which}")
         options = self.sets[which]
         if sorted(order) != list(range(len(options))):
             raise ValueError(f"order must hold every number from 0 to {len(options) - 1} once, got {list(order)}")
@@ -239,6 +244,8 @@ class _Pieces:
     """Tokenises the pieces of prompts, each by itself."""
 
     def __init__(self, tokenizer: Any) -> None:
+        if not callable(tokenizer):
+            raise ValueError(f"a prompt is encoded by a tokenizer of transformers, got {tokenizer!r}")
         self.tokenizer = tokenizer
         anchor = next((a for a in _ANCHORS[1:] if self._behind(a, "x") is not None), None)
         #: Whether a text that stands alone begins with a space that nobody wrote.
@@ -288,6 +295,8 @@ class _Pieces:
 
 
 def _options(options: Any) -> tuple[str, ...]:
+    if not isinstance(options, Iterable):
+        raise ValueError(f"a part of a prompt is text or a list of options, got {options!r}")
     found = tuple(options)
     if not found:
         raise ValueError("a set needs at least one option")

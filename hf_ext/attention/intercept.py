@@ -95,7 +95,7 @@ def visible(mask: Any, query: Tensor, key: Tensor, causal: bool = True) -> Tenso
             `is_causal` of the call or the module says, or all.
 
     Raises:
-        ValueError: a mask of another form (that of flash or flex attention).
+        ValueError: a mask of another form (that of flash or flex attention), or one that does more than hide.
 
     Example:
         >>> q, k = torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 3, 4)
@@ -109,7 +109,15 @@ def visible(mask: Any, query: Tensor, key: Tensor, causal: bool = True) -> Tenso
         return (seen.tril(keys - queries) if causal and queries > 1 else seen)[None, None]
     if isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or mask.dtype == torch.bool):
         mask = mask[..., :keys]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if mask.dtype == torch.bool:
+            return mask
+        seen = mask > torch.finfo(mask.dtype).min / 2
+        if not torch.compiler.is_compiling() and bool((seen & (mask != 0)).any()):
+            raise ValueError(
+                "the model's attention adds numbers of its own to the scores (biases, soft masks) beside hiding keys; "
+                "a method that attends in its place would lose them"
+            )
+        return seen
     if isinstance(mask, Tensor) and is_packed(mask):
         return unpack(mask, queries, keys).dense()
     raise ValueError(

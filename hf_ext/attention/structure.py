@@ -101,8 +101,8 @@ class AttentionStructure:
     ancestors: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.window is not None and (isinstance(self.window, float) or self.window < 1):
+            raise ValueError(f"window must be an int of at least 1, got {self.window}")
         if (self.nodes is None) != (self.ancestors is None):
             raise ValueError("nodes and ancestors belong together: give both or neither")
         if (self.queries.group is None) != (self.keys.group is None):
@@ -278,7 +278,12 @@ class AttentionStructure:
 
         Args:
             count: tokens to append to every row.
+
+        Raises:
+            ValueError: a tree, or a negative number of tokens.
         """
+        if count < 0:
+            raise ValueError(f"a structure is extended by 0 tokens or more, got {count}")
         if self.nodes is not None:
             raise ValueError("a tree is not extended; make one with more nodes")
         rows, device = len(self.keys.order), self.keys.order.device
@@ -297,7 +302,12 @@ class AttentionStructure:
         Args:
             start: number of tokens the cache holds.
             stop: number of tokens after the step.
+
+        Raises:
+            ValueError: a structure that has been read in parts already, or tokens it does not have.
         """
+        if not 0 <= start <= stop <= len(self.keys):
+            raise ValueError(f"a structure of {len(self.keys)} tokens has no part from {start} to {stop}")
         if self.nodes is not None or len(self.queries) != len(self.keys):
             raise ValueError("only a structure whose queries are its keys is read in parts")
         return dataclasses.replace(
@@ -393,7 +403,12 @@ class AttentionStructure:
         if field.ndim != 2 or field.shape[1] != len(self.keys):
             raise ValueError(f"{name} must have the shape (rows, {len(self.keys)}), got {tuple(field.shape)}")
         rows = max(len(field), len(self.keys.order))
-        return field.to(self.device, torch.long).expand(rows, -1)
+        if {len(field), len(self.keys.order)} - {1, rows}:
+            raise ValueError(f"{name} of {len(field)} rows do not fit a structure of {len(self.keys.order)}")
+        whole = field.to(self.device, torch.long)
+        if bool(((whole < 0) | (whole != field.to(self.device))).any()):
+            raise ValueError(f"{name} must be whole numbers from 0 on, got {field.tolist()}")
+        return whole.expand(rows, -1)
 
     def _renewed(self, **fields: torch.Tensor) -> AttentionStructure:
         keys = dataclasses.replace(self.keys, **{name: value.int() for name, value in fields.items()})

@@ -285,6 +285,22 @@ def test_layers_to_which_a_structure_says_nothing_are_refused() -> None:
         masks_for(model, AttentionStructure.causal(torch.ones(1, 3)))
 
 
+def test_what_is_no_structure_is_refused() -> None:
+    plain = AttentionStructure.causal(torch.ones(2, 4))
+    wrong = {
+        r"segments must be whole numbers from 0 on": lambda: plain.segments(torch.tensor([[-1, 1, 1, 0]])),
+        r"spans must be whole numbers from 0 on": lambda: plain.spans(torch.tensor([[0.5, 1, 1, 0]])),
+        r"segments of 3 rows do not fit a structure of 2": lambda: plain.segments(torch.ones(3, 4)),
+        r"4 tokens has no part from 3 to 9": lambda: plain.part(3, 9),
+        r"4 tokens has no part from -1 to 2": lambda: plain.part(-1, 2),
+        r"0 tokens or more, got -1": lambda: plain.extended(-1),
+        r"an int of at least 1, got 1\.5": lambda: plain.windowed(1.5),  # type: ignore[arg-type]
+    }
+    for message, made in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            made()
+
+
 def test_a_packed_structure_that_does_not_fit_is_refused() -> None:
     packed = pack(AttentionStructure.causal(torch.ones(1, 5)))
     with pytest.raises(ValueError, match="10 queries and keys together"):

@@ -166,3 +166,7 @@ def test_masks_of_any_form_say_the_same():
     assert visible(None, query[:, :, :1], key).all()
     with pytest.raises(ValueError, match="sdpa"):
         visible(torch.ones(2, 5), query, key)
+    softly = added.clone()
+    softly[0, 0, 1, 0] = -3.0  # nothing that is seen or not: a method that took it for seen would lose it
+    with pytest.raises(ValueError, match="adds numbers of its own to the scores"):
+        visible(softly, query, key)

@@ -151,3 +151,8 @@ def test_what_an_ensemble_cannot_honour_is_refused():
     refusal(lambda: run(ParallelEnsemble(weights=(1, 1, 1)), model, inputs), "3 weights", what="too many weights")
     refusal(lambda: run(ParallelEnsemble(), model, inputs, output_hidden_states=True), "hidden", what="states")
     refusal(lambda: run(ParallelEnsemble(), tiny_models.shared("mamba"), inputs), "recurrent state", what="mamba")
+    torn = {**inputs, "segment_ids": inputs["segment_ids"].clone(), "group_ids": None}
+    torn["segment_ids"][0, -6:] = torch.tensor([0, 1, 2, 1, 0, 0])
+    refusal(lambda: run(ParallelEnsemble(), model, torn), "several pieces", what="a window in pieces")
+    gpt2 = tiny_models.shared("gpt2")
+    refusal(lambda: run(ParallelEnsemble(), gpt2, inputs, max_new_tokens=200), "table of 128", what="too long a text")

@@ -163,6 +163,8 @@ def test_what_cannot_be_honoured_is_refused():
         "segment_ids have the shape": {"segment_ids": inputs["segment_ids"][:, 1:]},
         "group_ids have the shape": {"group_ids": inputs["group_ids"][:2]},
         "above 0 at the same tokens": {"group_ids": torch.zeros_like(inputs["group_ids"])},
+        "segment_ids must be whole numbers": {"segment_ids": -inputs["segment_ids"]},
+        "group_ids must be whole numbers": {"group_ids": inputs["group_ids"] / 2},
         "in one piece": {"prefill_chunk_size": 4},
         "a cache that grows": {"cache_implementation": "static"},
         "use_cache=True": {"use_cache": False},
