@@ -50,6 +50,17 @@ def test_each_tensor_keeps_its_own_largest_gradients(ratio):
     assert float(model.p2.grad.abs().max()) == float(gradients[2].abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_threshold_by_counting_is_that_of_sorting(dtype):
+    gradient = (torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 1e-4).to(dtype)
+    gradient[:3] = 0
+    gradient[3, :2] = torch.tensor([3e4, torch.inf])
+    ordered = gradient.abs().flatten().sort().values
+    for ratio in (0.0, 0.05, 0.075, 0.4, 0.5, 0.999, 0.9999):
+        expected = ordered[min(round(ratio * 2000), 1999)]
+        assert smallest_kept(gradient, ratio) == expected, ratio
+
+
 def test_ties_are_kept_and_a_single_entry_always_is():
     assert float(smallest_kept(torch.tensor([1.0, -1.0, 1.0, 1.0]), 0.5)) == 1
     assert float(smallest_kept(torch.tensor([[-2.0]]), 0.99)) == 2

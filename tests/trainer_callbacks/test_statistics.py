@@ -126,6 +126,14 @@ def test_what_has_no_plain_head_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"plain linear head.*leave the head out of the adapters"):
         PlainHead(adapted)
     assert PlainHead(with_lora(build("llama"))).scale == 1.0
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **sizes))  # a transform before its linear head
+    hooks = len(bert.get_decoder()._forward_hooks)
+    with pytest.raises(ValueError, match="reads something else than its decoder's last states"):
+        PlainHead(bert)
+    assert len(bert.get_decoder()._forward_hooks) == hooks
 
 
 def shapes_of_the_head(tmp_path, *, cls=Trainer, model=None, hook=False, **options):
