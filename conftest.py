@@ -2,6 +2,8 @@
 
 An installed package is used as it is. Otherwise the checkout is laid out as the installed package
 would be (`tests/linked_tree.py`), for this process and, through `PYTHONPATH`, for those it starts.
+
+It also keeps the garbage collector from walking again and again through all that is imported.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent
 
@@ -44,18 +48,20 @@ def mount() -> None:
     importlib.invalidate_caches()
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     """Let the garbage collector go, which stands still until everything is imported: imports make much, drop little."""
     gc.enable()
     gc.set_threshold(20_000, 20, 20)  # most of what a test makes goes with it, without the collector
 
 
-def pytest_runtest_logstart(location: tuple[str, int | None, str]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Take what lives at the start of a file out of the collector's sight: transformers' Trainer makes it walk through
     everything after each training, which took longer than the training itself.
     """
-    if location[0] != _file[0]:
-        _file[0] = location[0]
+    if item.path != _file[0]:
+        _file[0] = item.path
         gc.collect()
         gc.freeze()
 
@@ -65,7 +71,7 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
-_file = [""]
+_file = [ROOT]
 gc.disable()
 if not usable():
     mount()
