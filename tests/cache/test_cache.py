@@ -316,15 +316,18 @@ def test_a_model_with_more_layers_is_refused():
         tiny_models.shared("llama")(torch.arange(1, 13)[None], past_key_values=cache)
 
 
-def test_gradients_flow_through_a_first_pass():
+@pytest.mark.parametrize(
+    ("policy", "share"), [(Knorm(budget=1.0), 2e-7), (AdaKV(policy=Knorm(budget=1.0)), 3e-6)], ids=["dense", "ragged"]
+)
+def test_gradients_flow_through_a_first_pass(policy, share):
     """Training with a cache is rare, and not wrong."""
     model = model_of().train()
     ids, _ = tiny_models.prompts((10,))
     grads = []
-    for cache in (CompressedCache(model.config, Knorm(budget=1.0)), DynamicCache()):
+    for cache in (CompressedCache(model.config, policy), DynamicCache()):
         model.zero_grad()
         model(ids[:, :6], past_key_values=cache)
         model(ids[:, 6:], past_key_values=cache).logits.sum().backward()
         grads.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
-    gap = (grads[0] - grads[1]).abs().max().item()
-    assert gap < 1e-5, f"the largest difference is {gap:.2e}"
+    gap, largest = (grads[0] - grads[1]).abs().max().item(), grads[1].abs().max().item()
+    assert gap < share * largest, f"the largest difference is {gap:.2e}, of gradients up to {largest:.2e}"
