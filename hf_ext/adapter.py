@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:  # registration uses this module while transformers itself is being imported
-    from transformers import Cache, GenerationConfig, PreTrainedModel
+    from transformers import Cache, GenerationConfig, PreTrainedModel, Trainer, TrainerCallback
     from transformers.utils import ModelOutput
 
 
@@ -866,3 +867,20 @@ def prepared_inputs(trainer: Any, batch: Mapping[str, Any]) -> Any:
     Stands on `Trainer._prepare_inputs`.
     """
     return trainer._prepare_inputs(dict(batch))
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """Return the trainer that is calling this callback, None if none is.
+
+    Stands on `Trainer.callback_handler` and on the trainer's being among the callers: an event hands a callback the
+    model, the optimizer and the dataloaders, but not the trainer.
+    """
+    from transformers import Trainer
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer) and any(one is callback for one in found.callback_handler.callbacks):
+            return found
+        frame = frame.f_back
+    return None

@@ -885,3 +885,20 @@ def test_rotation_switch() -> None:
         factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         long = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, **factors}
         assert adapter.rotation_switch(tiny_models.build("llama", rope_parameters=long)) == ("longrope", 16)
+
+
+def test_calling_trainer(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Asking(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.found = adapter.calling_trainer(self)
+
+    with stands_on("Trainer.callback_handler, and callbacks being called below Trainer's methods"):
+        asking = Asking()
+        arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+        rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+        trainer = Trainer(tiny_models.build("llama"), arguments, train_dataset=rows, callbacks=[asking])
+        assert adapter.calling_trainer(asking) is None
+        trainer.train()
+        assert asking.found is trainer

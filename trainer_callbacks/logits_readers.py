@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_ext.layers import base_model
 
@@ -16,20 +15,6 @@ if TYPE_CHECKING:
 
 #: Methods in which a trainer's own class sees what the model returns in training.
 SEEING = ("compute_loss", "training_step")
-
-
-def calling_trainer(callback: TrainerCallback) -> Trainer | None:
-    """Return the trainer that is calling this callback, None if none is.
-
-    Callbacks are not handed it. The trainer is found among the callers, by its having this very callback.
-    """
-    frame = sys._getframe(1).f_back
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and any(one is callback for one in found.callback_handler.callbacks):
-            return found
-        frame = frame.f_back
-    return None
 
 
 def reader_of_logits(

@@ -20,13 +20,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_ext import adapter
 from hf_ext.trainer_callbacks import cards, noise
 from hf_ext.trainer_callbacks.clean_loss import clean_loss, next_token_loss
 from hf_ext.trainer_callbacks.conflicts import refuse_arguments
 from hf_ext.trainer_callbacks.documents import split_clean
 from hf_ext.trainer_callbacks.hooks import ATTACHED_HOOKS, HOOKS, LOSS_HOOKS, Hooks
 from hf_ext.trainer_callbacks.installation import Installation, objectives_on
-from hf_ext.trainer_callbacks.logits_readers import calling_trainer
 from hf_ext.trainer_callbacks.meters import Meters
 from hf_ext.trainer_callbacks.statistics import loss_of_statistics
 
@@ -210,7 +210,7 @@ class Objective(Hooks, TrainerCallback):
         self._steps_per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
         self._batches = self._losses = 0
         self.setup(model, kwargs.get("processing_class"), args)
-        self._installation = Installation(self, model, args, calling_trainer(self))
+        self._installation = Installation(self, model, args, adapter.calling_trainer(self))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
