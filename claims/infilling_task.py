@@ -70,7 +70,7 @@ def entropy() -> float:
 
 def small_model(seed: int) -> PreTrainedModel:
     """Build the model with random weights."""
-    special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
+    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
     return small_training.small_model(seed, VOCABULARY, context=32, **special)
 
 

@@ -41,7 +41,7 @@ def small_model(seed: int, vocabulary: int, *, heads: int = 4, context: int = 64
 def train(
     model: PreTrainedModel,
     objective: Objective | None,
-    data: Sequence[Any],
+    data: Sequence[Any] | Tensor,
     *,
     steps: int,
     batch: int,
@@ -56,7 +56,7 @@ def train(
     Args:
         model: to train.
         objective: the objective; None is next-token prediction.
-        data: rows.
+        data: rows, or a tensor of them.
         steps: optimizer steps.
         batch: rows a step.
         rate: learning rate at its peak, after 20 steps if `options` say nothing else.

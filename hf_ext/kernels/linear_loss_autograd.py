@@ -143,7 +143,7 @@ class LossOfLogits(torch.autograd.Function):
                 piece = Piece(some, targets[at], table, None, wanted, None, needed, apart)
                 value, given = _gradient_of_loss(loss, piece.statistics, at, needed)
                 total += value
-                if given is not None:
+                if grad is not None and given is not None:
                     grad[places[at]] = piece.gradient(given).to(grad.dtype)
         ctx.gradient = grad
         return total
