@@ -210,6 +210,19 @@ class BituneModel(PeftModelForCausalLM):
         self._set_trainable()
         return result
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: see the error.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "one set of weights cannot hold the causal and the bidirectional adapter, which read in turn: keep "
+            "the BituneModel, or merge the causal adapter alone with PeftModel.from_pretrained(model, folder)"
+        )
+
+    merge_and_unload = merge_adapter
+
     @torch.no_grad()
     def _load_mix(self, file: str) -> None:
         with safe_open(file, "pt") as saved:

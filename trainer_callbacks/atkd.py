@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -100,7 +100,7 @@ class ATKD(Objective):
     slug: ClassVar[str] = "atkd"
     paper: ClassVar[str] = "Revisiting Knowledge Distillation for Autoregressive Language Models (arXiv:2402.11890)"
 
-    teacher: Any
+    teacher: Any = field(repr=False)
     hard_share: float = 0.5
     easy_weight: float = 0.2
     weight: float = 1.0

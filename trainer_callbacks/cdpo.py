@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -125,8 +125,8 @@ class CDPO(Objective):
         "(arXiv:2411.19943)"
     )
 
-    positive: Any
-    negative: Any
+    positive: Any = field(repr=False)
+    negative: Any = field(repr=False)
     beta: float = 1.0
     strength: float = 1.0
     weigh_chosen: bool = False

@@ -40,9 +40,14 @@ def benchmarks() -> dict[str, str]:
         if spec is None or spec.origin is None:
             continue
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+        if any(isinstance(node, ast.FunctionDef) and _takes_arguments(node) for node in tree.body):
             found[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
+
+
+def _takes_arguments(function: ast.FunctionDef) -> bool:
+    """Tell whether it is the `main(argv)` of a benchmark; scripts that benchmarks start have a `main` of their own."""
+    return function.name == "main" and [argument.arg for argument in function.args.args] == ["argv"]
 
 
 COMMANDS: list[tuple[str, Any, dict[str, Any]]] = [("bench", bench, PASS_ON)]

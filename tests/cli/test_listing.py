@@ -114,3 +114,12 @@ def test_unknown_plugin_is_one_line_with_the_nearest_names(cli: Any) -> None:
         run.err.startswith("error: unknown plugin 'contrastive-serach'; nearest: contrastive-search,")
         and run.err.count("\n") == 1
     )
+
+
+def test_bench_lists_what_can_be_called_by_name() -> None:
+    from hf_ext.cli.bench import benchmarks
+
+    found = benchmarks()
+    assert {"speculative", "attention", "cache", "objectives", "import_time"} <= found.keys()
+    assert not {"objectives_measure", "kvpress_indices"} & found.keys(), "scripts that benchmarks start"
+    assert all(found.values())

@@ -202,3 +202,9 @@ def test_what_cannot_be_honoured_is_refused():
     refusal(lambda: BituneModel(tiny_model(), tuning), "virtual tokens", what="prompt tuning")
     model = tiny_models.build("llama")
     refusal(lambda: BituneModel(model, LoraConfig(**CONFIG), share=2), "from 0 to 1", what="a share of 2")
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_two_adapters_are_not_merged_into_one_set_of_weights(method: str):
+    with pytest.raises(ValueError, match="merge the causal adapter alone"):
+        getattr(adapted(), method)()
