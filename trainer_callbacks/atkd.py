@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import TrainingArguments
 
 from hf_ext.trainer_callbacks.clean_loss import next_token_loss
+from hf_ext.trainer_callbacks.distillation import distillation, odds_of
 from hf_ext.trainer_callbacks.history import logits_of
 from hf_ext.trainer_callbacks.objective import Objective
 from hf_ext.trainer_callbacks.sstoken import top_share
@@ -146,23 +147,21 @@ class ATKD(Objective):
         targets = targets.to(logits.device)
         chosen = targets != -100
         kept = targets[chosen]
-        student = logits[:, -targets.shape[1] :][chosen].float()
-        teacher = logits_of(self.teacher, self.batch)[:, -targets.shape[1] :].to(logits.device)[chosen].float()
-        target, rest, uncertainty = divided_divergence(student, teacher, kept)
-        plain = target + uncertainty * rest
-        losses = self._adapted(target, rest, uncertainty, chosen) if self.adaptive else plain
-        self.record("divergence", plain.detach().sum(), len(kept))
+        student = logits[:, -targets.shape[1] :][chosen]
+        teacher = logits_of(self.teacher, self.batch)[:, -targets.shape[1] :].to(logits.device)[chosen]
+        uncertainty = (-odds_of(teacher, kept)).sigmoid()
+        weights = self._weights(uncertainty, chosen) if self.adaptive else (torch.ones_like(uncertainty), uncertainty)
+        on_target, on_rest = (self.weight * part for part in weights)
+        total, target, rest = distillation(student, teacher, kept, on_target, on_rest, 1 - self.weight)
+        self.record("divergence", (target + uncertainty * rest).sum(), len(kept))
         self.record("uncertainty", uncertainty.sum(), len(kept))
-        total = self.weight * losses.sum()
-        if self.weight < 1:
-            total = total + (1 - self.weight) * functional.cross_entropy(student, kept, reduction="sum")
         return total, chosen.sum()
 
-    def _adapted(self, target: Tensor, rest: Tensor, uncertainty: Tensor, chosen: Tensor) -> Tensor:
-        """Weigh the parts of each token by whether its teacher finds it hard."""
+    def _weights(self, uncertainty: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Weigh the target part and the rest part of each token by whether its teacher finds it hard."""
         documents = document_numbers(self.batch).to(chosen.device)
         rows = torch.arange(len(chosen), device=chosen.device)[:, None] * chosen.shape[1]
         hard = top_share(uncertainty, (documents + rows)[chosen], chosen.numel(), self.hard_share)
-        easy_loss = self.easy_weight / (1 - self.hard_share) * rest
-        hard_loss = (1 - self.easy_weight) / self.hard_share * (target + rest)
-        return torch.where(hard, hard_loss, easy_loss)
+        easy_weight, hard_weight = self.easy_weight / (1 - self.hard_share), (1 - self.easy_weight) / self.hard_share
+        on_target = torch.where(hard, hard_weight, 0.0).to(uncertainty.dtype)
+        return on_target, torch.where(hard, hard_weight, easy_weight).to(uncertainty.dtype)

@@ -18,7 +18,9 @@ from hf_ext.testing.objective_training import (
     weights,
 )
 from hf_ext.trainer_callbacks import ATKD
+from hf_ext.trainer_callbacks import distillation as one_pass
 from hf_ext.trainer_callbacks.atkd import divided_divergence
+from hf_ext.trainer_callbacks.distillation import distillation, odds_of
 
 
 class TestATKD(ObjectiveInProcess):
@@ -81,6 +83,39 @@ def test_a_sure_teacher_and_excluded_tokens_give_finite_losses_and_gradients():
     for value in (target, rest, student.grad):
         assert torch.isfinite(value).all(), value
     assert float(target[0]) == pytest.approx(60.0)
+
+
+def test_one_pass_over_the_logits_gives_the_weighed_parts_and_their_gradient(monkeypatch):
+    monkeypatch.setattr(one_pass, "PIECE", 5 * 9)  # pieces of 5, 5 and 2 tokens
+    student, teacher, targets = sample(3)
+    student[4, (targets[4] + 1) % 9] = teacher[4, (targets[4] + 1) % 9] = -torch.inf  # excluded by both
+    draw = torch.Generator().manual_seed(4)
+    on_target, on_rest = torch.rand(2, 12, generator=draw, dtype=torch.float64)
+    ours, theirs = (student.clone().requires_grad_() for _ in range(2))
+    total, *parts = distillation(ours, teacher, targets, on_target, on_rest, 0.3)
+    target, rest, uncertainty = divided_divergence(theirs, teacher, targets)
+    expected = (on_target * target + on_rest * rest).sum()
+    expected = expected + 0.3 * functional.cross_entropy(theirs, targets, reduction="sum")
+    (2 * total).backward()
+    (2 * expected).backward()
+    for name, found, wanted in (
+        ("sum", total, expected), ("target part", parts[0], target), ("rest part", parts[1], rest),
+        ("gradient", ours.grad, theirs.grad), ("uncertainty", (-odds_of(teacher, targets)).sigmoid(), uncertainty),
+    ):  # fmt: skip
+        difference = float((found - wanted).detach().abs().max())
+        assert difference < 1e-12, f"{name} is off by {difference:.3g}"
+    with torch.no_grad():
+        assert distillation(ours, teacher, targets, on_target, on_rest)[0].grad_fn is None
+    assert odds_of(teacher[:0], targets[:0]).shape == (0,)
+
+
+def test_one_pass_stays_finite_where_the_teacher_is_sure():
+    teacher = torch.tensor([[80.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
+    student = torch.tensor([[0.0, 60.0, -torch.inf], [-90.0, 0.0, 90.0]], requires_grad=True)
+    total, *parts = distillation(student, teacher, torch.tensor([0, 0]), torch.ones(2), torch.ones(2))
+    total.backward()
+    for value in (total, *parts, student.grad):
+        assert torch.isfinite(value).all(), value
 
 
 class Frozen(ATKD):
