@@ -228,7 +228,7 @@ def test_models_without_adapters_get_clear_errors():
     model = adapted("llama")
     with model.disable_adapter():
         refusal(lambda: run(model.get_base_model()), "merged or disabled", what="disabled adapters")
-    model.merge_adapter()
+    model.base_model.merge_adapter()
     refusal(lambda: run(model.get_base_model()), "merged or disabled", what="merged adapters")
     model.unmerge_adapter()
     model.delete_adapter("bidirectional")
