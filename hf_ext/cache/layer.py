@@ -243,7 +243,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         Raises:
             ValueError: a positive number, or tokens that have been dropped or counted already.
         """
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # older releases of transformers pass a tensor
         if count < 0:
             raise ValueError(f"crop takes the number of tokens to forget as a negative number, got {tokens_to_remove}")
         if not self.is_initialized:

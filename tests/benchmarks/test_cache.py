@@ -142,7 +142,10 @@ def test_bytes_are_those_of_every_tensor_of_any_cache(plan: cache_quality.Plan) 
     full = Method(FULL, "transformers", budgeted=False).cache(model, 1.0, 20)
     model(ids, past_key_values=full)
     assert bytes_of(full) == full_bytes(model, 2, 20)
-    codes = next(m for m in methods() if m.name.endswith("fp8")).cache(model, 1.0, 20)
+    quantised = next(m for m in methods() if m.name.endswith("fp8"))
+    if quantised.problem:
+        pytest.skip(quantised.problem)
+    codes = quantised.cache(model, 1.0, 20)
     model(ids, past_key_values=codes)
     assert bytes_of(full) / 4 <= bytes_of(codes) < bytes_of(full) / 3
 

@@ -331,3 +331,16 @@ def test_gradients_flow_through_a_first_pass(policy, share):
         grads.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
     gap, largest = (grads[0] - grads[1]).abs().max().item(), grads[1].abs().max().item()
     assert gap < share * largest, f"the largest difference is {gap:.2e}, of gradients up to {largest:.2e}"
+
+
+def test_crop_takes_a_number_in_a_tensor_as_older_transformers_passes_it() -> None:
+    model, ids = tiny_models.shared("llama"), tiny_models.prompts()[0][:1]
+    found = []
+    for count in (-2, torch.tensor(-2)):
+        cache = CompressedCache(model.config, Knorm(budget=64))
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            cache.crop(count)
+            found.append(model(ids[:, -2:], past_key_values=cache).logits)
+    difference = float((found[0] - found[1]).abs().max())
+    assert difference == 0, f"logits differ by {difference:.3g}"
