@@ -143,11 +143,13 @@ class TreeShape:
     Args:
         parents: the parents, -1 for what the tree hangs under.
         depths: distance of each node from there, from 1 on.
+        levels: one less, the distance from the first level.
         ancestors: `(nodes, nodes)` bool, `[i, j]` tells whether `j` is `i` or above it.
     """
 
     parents: tuple[int, ...]
     depths: tuple[int, ...]
+    levels: tuple[int, ...]
     ancestors: np.ndarray
 
     @property
@@ -179,4 +181,4 @@ def shape_of(parents: tuple[int, ...]) -> TreeShape:
     bits = np.unpackbits(packed.reshape(nodes, size), axis=1, count=nodes, bitorder="little")
     ancestors = bits.view(bool)
     ancestors.setflags(write=False)
-    return TreeShape(parents, tuple(depths), ancestors)
+    return TreeShape(parents, tuple(depths), tuple(depth - 1 for depth in depths), ancestors)

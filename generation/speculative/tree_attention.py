@@ -174,10 +174,12 @@ def structure_of(
     from hf_ext.generation.speculative.tree import shape_of
 
     shapes = [shape_of(p) for p in parents]
-    same = all(shape is shapes[0] for shape in shapes)
-    ancestors = np.stack([shape.ancestors[-queries:] for shape in (shapes[:1] if same else shapes)])
-    depths = tuple(tuple(d - 1 for d in shape.depths) for shape in shapes)
-    return TreeStructure(lengths, columns, tuple(parents), depths, ancestors, queries, keys, window)
+    if all(shape is shapes[0] for shape in shapes):
+        ancestors = shapes[0].ancestors[None, -queries:]
+    else:
+        ancestors = np.stack([shape.ancestors[-queries:] for shape in shapes])
+    levels = tuple(shape.levels for shape in shapes)
+    return TreeStructure(lengths, columns, tuple(parents), levels, ancestors, queries, keys, window)
 
 
 #: What turns a structure into the `attention_mask` of one attention implementation.

@@ -36,6 +36,7 @@ class TreeState:
         others: forward arguments of every lane that are neither ids, mask, positions nor cache.
 
     Attributes:
+        device: where the model reads its ids.
         context: positions that there are; what lies further must be drafts that cannot become text. None if there
             is no end: the model computes positions rather than looking them up in a table.
         calls: forward passes.
@@ -56,6 +57,8 @@ class TreeState:
         self.model, self.cache, self.lengths = model, cache, lengths
         self.call: Callable[..., ModelOutput] = model
         self.offset, self.others = offset, others or {}
+        # Models look these two up among their weights each time they are asked.
+        self.device, self._dtype = adapter.device_of(model), model.dtype
         text = model.config.get_text_config(decoder=True)
         self.context = adapter.position_table(model)
         self.tree: list[tuple[int, ...]] = [()] * len(lengths)
@@ -137,11 +140,6 @@ class TreeState:
         """Number of lanes."""
         return len(self.lengths)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model reads its ids."""
-        return adapter.device_of(self.model)
-
     def room(self) -> int | None:
         """Nodes that still fit into a cache of fixed size, or None if it can grow."""
         free = self.cache.free_columns
@@ -174,7 +172,7 @@ class TreeState:
         for window, columns in self.cache.groups.items():
             columns.aim(self.lengths, earlier, count, device)
             structure = self._structure(count, window)
-            masks[window] = mask_for(self._implementation, structure, self.model.dtype, device)
+            masks[window] = mask_for(self._implementation, structure, self._dtype, device)
         assert structure is not None  # a cache has layers
         inputs = {
             **self.others,
