@@ -56,19 +56,11 @@ def figures(
     if row.status != "ok" or not samples:
         return found
     found |= counts(samples, tokens)
-    # The least of a prompt's rounds: an interruption there would make every method look fast.
-    prefill = {prompt: min(seconds) for prompt, seconds in plain.prefill.items()}
-    base = {(s.prompt, s.round): s.seconds - prefill[s.prompt] for s in plain.samples}
-    ratios = []
-    for prompt in sorted({sample.prompt for sample in samples}):
-        mine = [base[prompt, s.round] / (s.seconds - prefill[prompt]) for s in samples if s.prompt == prompt]
-        ratios.append(statistics.median(mine))
-    found["speed"], found["speed_spread"] = statistics.median(ratios), list(spread(ratios))
+    found["speed"], found["speed_spread"] = beside(samples, plain)
     if assisted is not None and assisted is not row and assisted.status == "ok":
-        found |= beside(samples, assisted, prefill)
+        found["over_assisted"], found["over_assisted_spread"] = beside(samples, assisted)
     # The first token is the prompt's.
-    rest = statistics.median(s.seconds - prefill[s.prompt] for s in samples)
-    found["ms_per_token"] = 1e3 * rest / (tokens - 1)
+    found["ms_per_token"] = 1e3 * statistics.median(s.seconds for s in samples) / (tokens - 1)
     if row.memory is not None and plain.memory is not None:
         found["memory_mib"] = row.memory
         found["memory_of_plain_and_draft"] = (weights + row.draft_memory + row.memory) / (
@@ -82,14 +74,14 @@ def figures(
     return found
 
 
-def beside(samples: Sequence[Sample], other: Row, prefill: dict[int, float]) -> dict[str, Any]:
-    """Return how many times as fast the samples are as another method's in the same rounds, prompt by prompt."""
-    theirs = {(s.prompt, s.round): s.seconds - prefill[s.prompt] for s in other.samples}
+def beside(samples: Sequence[Sample], other: Row) -> tuple[float, list[float]]:
+    """Return how many times as fast the samples are as another method's in the same rounds, and the interval."""
+    theirs = {(s.prompt, s.round): s.seconds for s in other.samples}
     ratios = []
     for prompt in sorted({sample.prompt for sample in samples}):
-        mine = [theirs[prompt, s.round] / (s.seconds - prefill[prompt]) for s in samples if s.prompt == prompt]
+        mine = [theirs[prompt, s.round] / s.seconds for s in samples if s.prompt == prompt]
         ratios.append(statistics.median(mine))
-    return {"over_assisted": statistics.median(ratios), "over_assisted_spread": list(spread(ratios))}
+    return statistics.median(ratios), list(spread(ratios))
 
 
 def counts(samples: Sequence[Sample], tokens: int) -> dict[str, float]:

@@ -36,6 +36,9 @@ class Passes:
     Args:
         model: the model; its longest `ModuleList` holds the layers.
 
+    Attributes:
+        first_seconds: of the first pass through all layers, which reads the prompt.
+
     Example:
         >>> from hf_ext.testing import tiny_models
         >>> model = tiny_models.build("llama")
@@ -52,11 +55,14 @@ class Passes:
         self._layers = [leaves[at] for leaves in map(_matrices, layers) for at in (0, -1)]
         self._visits = [0] * len(self._layers)
         self._positions = [0] * len(self._layers)
+        self._began: float | None = None
+        self.first_seconds = 0.0
 
     def __enter__(self) -> Passes:
         self._hooks = [
             layer.register_forward_pre_hook(self._note(i), with_kwargs=True) for i, layer in enumerate(self._layers)
         ]
+        self._hooks.append(self._layers[-1].register_forward_hook(self._end))
         return self
 
     def _note(self, index: int) -> Callable[..., None]:
@@ -64,8 +70,14 @@ class Passes:
             shape = (args[0] if args else kwargs["input"]).shape
             self._visits[index] += 1
             self._positions[index] += shape[0] * shape[1]
+            if self._began is None:
+                self._began = time.perf_counter()
 
         return note
+
+    def _end(self, *_: Any) -> None:
+        if self._visits[-1] == 1 and self._began is not None:
+            self.first_seconds = time.perf_counter() - self._began
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

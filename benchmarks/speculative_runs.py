@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_ext.benchmarks.speculative_measure import Passes, peak_memory, timed, weights_memory
 from hf_ext.benchmarks.speculative_methods import PLAIN, Call, Method
@@ -21,7 +20,7 @@ Tick = Callable[[str], None]
 
 @dataclass
 class Sample:
-    """One run: which prompt and round, its seconds, and counts."""
+    """One run: which prompt and round, its seconds without those of the target's pass over the prompt, and counts."""
 
     prompt: int
     round: int
@@ -43,7 +42,6 @@ class Row:
         status: `"ok"`; `"differs"` where a greedy text is not that of plain `generate`; `"not installed"`,
             `"not for this target"`; or `"failed: ..."`.
         samples: the timed runs.
-        prefill: of plain `generate`, by prompt, the seconds of the prompt and the first token, once each round.
         memory: MiB that the resident memory grew by at most, and the weights of the draft.
     """
 
@@ -51,7 +49,6 @@ class Row:
     draft: str | None = None
     status: str = "ok"
     samples: list[Sample] = field(default_factory=list)
-    prefill: dict[int, list[float]] = field(default_factory=dict)
     memory: float | None = None
     draft_memory: float = 0.0
 
@@ -136,8 +133,7 @@ def measure(
                 if row.status == "ok":
                     step(row)
         for number in range(1, rounds + 1):
-            for at, prompt in enumerate(setting.prompts):
-                rows[0].prefill.setdefault(at, []).append(first_token(setting.target, inputs_of(prompt)))
+            for at in range(len(setting.prompts)):
                 # Plain comes first, as its text is what the others are compared with; the others rotate.
                 others = list(rows[1:])
                 start = (number + at) % max(1, len(others))
@@ -149,11 +145,6 @@ def measure(
 def inputs_of(prompt: Prompt) -> dict[str, torch.Tensor]:
     """Return a prompt as inputs of `generate`."""
     return {"input_ids": prompt.ids, "attention_mask": torch.ones_like(prompt.ids)}
-
-
-def first_token(target: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
-    """Return the seconds plain `generate` takes for the prompt and the first token."""
-    return timed(lambda: target.generate(**inputs, max_new_tokens=1, do_sample=False))[1]
 
 
 def _run(
@@ -176,7 +167,7 @@ def _run(
     if not target.calls:
         raise RuntimeError("it never called the target through all its layers")
     sample = Sample(
-        at, number, seconds, target.calls,
+        at, number, seconds - target.first_seconds, target.calls,
         target.positions - prompt.ids.shape[1] + 1,  # the prompt costs everybody the same
         drafted + target.partial_calls, target.partial_work, None if report is None else report.as_dict(),
     )  # fmt: skip
@@ -205,7 +196,6 @@ def batches(
         seconds: dict[int, list[float]] = {i: [] for i in range(len(chosen))}
         status = ["ok"] * len(chosen)
         expected: torch.Tensor | None = None
-        prefill = min(first_token(setting.target, inputs) for _ in range(rounds + 1))
         for number in range(rounds + 1):
             for i, row in enumerate(chosen):
                 if status[i] != "ok":
@@ -213,7 +203,10 @@ def batches(
                 draft = setting.drafts[row.draft] if row.draft is not None else None
                 try:
                     call = row.method.call(setting, draft, draft_tokens)
-                    (out, _), spent = timed(functools.partial(call, **inputs, max_new_tokens=tokens, do_sample=False))
+                    with Passes(setting.target) as passes:
+                        (out, _), spent = timed(
+                            functools.partial(call, **inputs, max_new_tokens=tokens, do_sample=False)
+                        )
                 except Exception as error:  # as in `measure`
                     status[i] = f"failed: {one_line(error)}"
                     continue
@@ -222,7 +215,7 @@ def batches(
                 elif row.method.exact and (expected is None or not torch.equal(out, expected)):
                     status[i] = "differs"
                 if number:
-                    seconds[i].append(size * (tokens - 1) / (spent - prefill))
+                    seconds[i].append(size * (tokens - 1) / (spent - passes.first_seconds))
                 tick(f"{row.method.name}, batch {size}")
         for i, row in enumerate(chosen):
             rates = sorted(seconds[i]) if status[i] == "ok" else []

@@ -13,13 +13,14 @@ COLUMNS = (
 RAN = ("ok", "differs")
 LEGEND = """\
 *Speed* is the ratio to plain `generate` in the same round, the median over prompts of each prompt's median, with the
-95 % bootstrap interval over prompts. All times leave out what plain `generate` takes for the prompt and the first token
-(the least of all rounds), the same for every method; a method's own work on the prompt, such as the draft model's,
+95 % bootstrap interval over prompts. Every run's time leaves out its pass of the target over the prompt and what was
+drafted ahead of that, which hooks on the layers time; a method's own work on the prompt, such as the draft model's,
 counts. Calls, positions and drafts are counted by hooks on the models' layers, the same way for every method;
 *tokens/call* is the mean number of tokens that a call of the target gives. *Predicted* is that number divided by the
 measured cost of the models' calls alone. *Over assisted* is the ratio to transformers' assisted generation with the
-same draft and length in the same rounds, taken like *speed*. *Memory* is the highest resident memory during a run less
-that before it. *DIFFERS* marks a method whose greedy text is not that of plain `generate`; its speed is not shown."""
+same draft and length in the same rounds, taken like *speed*. *Memory* is the highest resident memory during a run
+less that before it. *DIFFERS* marks a method whose greedy text is not that of plain `generate`; its speed is not
+shown."""
 
 
 def rows(section: dict[str, Any], which: str = "rows") -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -185,9 +186,8 @@ def sample(seconds: float, prompt: int, round_: int, **counts) -> runs.Sample:
 
 def test_speed_prediction_and_reason_follow_from_the_runs() -> None:
     plain, row = runs.Row(PLAIN), runs.Row(ASSISTED, draft="target")
-    plain.prefill = {0: [1.0, 9.0], 1: [1.0, 1.0]}  # an interruption in one round changes nothing
-    plain.samples = [sample(9.0, prompt, number, calls=8, positions=8) for prompt in (0, 1) for number in (1, 2)]
-    row.samples = [sample(17.0, 0, 1), sample(17.0, 0, 2), sample(11.0, 1, 1), sample(11.0, 1, 2)]
+    plain.samples = [sample(8.0, prompt, number, calls=8, positions=8) for prompt in (0, 1) for number in (1, 2)]
+    row.samples = [sample(16.0, 0, 1), sample(16.0, 0, 2), sample(10.0, 1, 1), sample(10.0, 1, 2)]
     curves = {None: {1: 10.0, 5: 20.0}, "target": {1: 4.0, 5: 4.0}}
     found = speculative_figures.figures(row, plain, 8, curves, {0, 1}, weights=100.0)
     assert found["speed"] == pytest.approx((0.5 + 0.8) / 2)
@@ -200,12 +200,22 @@ def test_speed_prediction_and_reason_follow_from_the_runs() -> None:
     assert step["verify"] + step["draft"] + step["rest"] == pytest.approx(step["cost"])
     assert "verifying 49 %" in found["why"]
     other = runs.Row(ASSISTED, draft="target")
-    other.samples = [sample(25.0, 0, 1), sample(25.0, 0, 2), sample(16.0, 1, 1), sample(26.0, 1, 2)]
+    other.samples = [sample(24.0, 0, 1), sample(24.0, 0, 2), sample(15.0, 1, 1), sample(25.0, 1, 2)]
     beside = speculative_figures.figures(row, plain, 8, curves, {0, 1}, weights=100.0, assisted=other)
     assert beside["over_assisted"] == pytest.approx((1.5 + 2.0) / 2)
     assert "over_assisted" not in speculative_figures.figures(row, plain, 8, curves, {0, 1}, 100.0, assisted=row)
     only_second = speculative_figures.figures(row, plain, 8, curves, {1}, weights=100.0)
     assert only_second["speed"] == pytest.approx(0.8)
+
+
+def test_the_first_pass_is_timed_and_no_other(setting: Setting) -> None:
+    pauses = iter([0.05, 0.2])
+    hook = setting.target.model.layers[0].self_attn.register_forward_hook(lambda *_: time.sleep(next(pauses)))
+    with speculative_measure.Passes(setting.target) as passes:
+        setting.target(torch.tensor([[3, 4, 5]]))
+        setting.target(torch.tensor([[6]]))
+    hook.remove()
+    assert 0.05 <= passes.first_seconds < 0.2, f"{passes.first_seconds:.3f} seconds"
 
 
 def test_widths_are_measured_with_the_same_context_for_each(setting: Setting) -> None:
