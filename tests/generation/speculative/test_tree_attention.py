@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -83,6 +84,17 @@ def test_a_block_mask_shows_the_same():
     block = mask_for("flex_attention", structure, torch.float32, torch.device("cpu"))
     lanes, queries, keys = torch.meshgrid(torch.arange(2), torch.arange(3), torch.arange(9), indexing="ij")
     assert torch.equal(block.mask_mod(lanes, torch.zeros_like(lanes), queries, keys), structure.dense()[:, 0])
+
+
+def test_masks_of_one_tree_are_made_without_a_warning():
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch says it once in a process otherwise, perhaps before this test
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            structure_of((5, 5), (5, 5), [(-1, 0, 0)] * 2, queries=3, keys=8).dense()
+    finally:
+        torch.set_warn_always(always)
 
 
 def test_bits_are_the_ancestors():
