@@ -131,7 +131,7 @@ class TreeStructure:
 
     def _windowed_ancestors(self) -> np.ndarray:
         if not self._window_binds or self.window is None:
-            return np.array(self.ancestors, order="C")  # a copy: a shape's own may not be written, and torch warns of that
+            return np.array(self.ancestors, order="C")  # a shape's own may not be written: torch would warn
         depths = np.array(self.depths if self.ancestors.shape[0] > 1 else self.depths[:1])
         near = depths[:, -self.queries :, None] - depths[:, None, :] < self.window
         return self.ancestors & near
