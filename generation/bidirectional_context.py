@@ -17,7 +17,7 @@ from hf_ext.attention import AttentionStructure, by_hand
 from hf_ext.attention.intercept import Attended, intercept, visible
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.strategy import positive
-from hf_ext.generation.structured.prompting import Prompt, StructuredPrompting, refuse_numbered_tokens
+from hf_ext.generation.structured.prompting import Prompt, StructuredPrompting, refuse_moved_columns
 
 #: The documents of one set: for each its columns, in the prompt's order.
 Documents = list[list[int]]
@@ -90,10 +90,11 @@ class BidirectionalContext(StructuredPrompting):
         prompt = self._prompt
         if self.orders == 1 or prompt is None:
             return super().read(run, structure, ids, kwargs)
-        refuse_numbered_tokens(run, prompt, type(self).__name__)
         batch, length = prompt.ids.shape
         found = [list(self._orders(documents_of(prompt, row), length)) for row in range(batch)]
         count = max(map(len, found))
+        if count > 1:
+            refuse_moved_columns(run, prompt, type(self).__name__)
         padded = [orders + orders[:1] * (count - len(orders)) for orders in found]
         columns = torch.tensor(padded, device=ids.device).transpose(0, 1)  # orders, batch, length
         more = torch.arange(length, ids.shape[1], device=ids.device).expand(count, batch, -1)  # guesses behind it

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from hf_ext import adapter
 from hf_ext.attention.by_hand import attended, probabilities, scores
 from hf_ext.attention.intercept import Attended, intercept, visible
 from hf_ext.attention.memory import Memories
@@ -143,15 +144,13 @@ class RememberingAttention:
         if wrong:
             raise ValueError(f"layers must be from 0 to {count - 1}, got {wrong[0]}")
         self.rotary = Rotary.of(model)
-        weight = model.get_input_embeddings().weight
-        offset = self.memories.places - self.memories.lengths
+        device = adapter.device_of(model)
+        offset = (self.memories.places - self.memories.lengths).to(device)
         self.keys = {}
         for layer in sorted(set(chosen)):
-            keys = self.memories.keys[layer].to(weight.device, model.dtype)
-            if options.positions == "before":
-                keys = self.rotary.rotate(layer, keys, offset.to(weight.device))
-            self.keys[layer] = keys
-        self.values = {layer: self.memories.values[layer].to(weight.device, model.dtype) for layer in self.keys}
+            keys = self.memories.keys[layer].to(device, model.dtype)
+            self.keys[layer] = self.rotary.rotate(layer, keys, offset) if options.positions == "before" else keys
+        self.values = {layer: self.memories.values[layer].to(device, model.dtype) for layer in self.keys}
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, plain: Any, **call: Any
@@ -167,7 +166,9 @@ class RememberingAttention:
             asking = self.rotary.rotate(layer, query, -places.expand(len(query), -1)[:, None])
         seen = visible(mask, query, key).expand(len(query), -1, -1, -1)
         local = scores(query, key, call)
-        keys, values = self.keys[layer], self.values[layer]
+        # Layers of one model may lie on several devices; what is there already is not copied.
+        keys = self.keys[layer] = self.keys[layer].to(query.device)
+        values = self.values[layer] = self.values[layer].to(query.device)
         step = max(1, AT_ONCE // max(1, len(query) * query.shape[1] * keys.shape[1]))
         outputs = []
         for start in range(0, query.shape[2], step):
@@ -194,21 +195,15 @@ class RememberingAttention:
         weights = probabilities(both, torch.cat([known, seen.expand(*known.shape[:-1], -1)], dim=-1), call)
         weights = weights.masked_fill(~(known.any(-1, keepdim=True) | seen.any(-1, keepdim=True)), 0)
         mine, own = weights[..., :count], weights[..., count:]
-        self._note(mine, index, last)
-        shared = asking.shape[1] // len(values)
-        heads = torch.arange(asking.shape[1], device=index.device)[:, None, None] // shared
-        taken = values[heads, index]  # (rows, heads, queries, count, width)
-        output = (mine.to(taken.dtype)[..., None, :] @ taken)[..., 0, :].transpose(1, 2)
-        return output + attended(own, value)
+        given = torch.zeros_like(remembered, dtype=mine.dtype).scatter_(-1, index, mine)
+        self._note(given, last)
+        return attended(given, values) + attended(own, value)
 
-    def _note(self, weights: Tensor, index: Tensor, last: int) -> None:
+    def _note(self, given: Tensor, last: int) -> None:
         """Add up what the last query of every row gives to each memory; `last` is how many are left to see."""
-        if weights.shape[2] < last:
+        if given.shape[2] < last:
             return
-        assert self.memories is not None
-        given = weights.new_zeros(*weights.shape[:2], len(self.memories))
-        given.scatter_add_(-1, index[:, :, -1], weights[:, :, -1])
-        total = given.sum(1).double()
+        total = given[:, :, -1].sum(1).double()
         rows = len(total)
         if self.run is not None and rows == len(self.run.unfinished):
             total *= self.run.unfinished.to(total.device)[:, None]  # padding cites nothing

@@ -195,17 +195,13 @@ def read_instead(run: DecodingRun, given: Prompt, prompt: Prompt, name: str) -> 
     Raises:
         ValueError: states or attentions of the prompt are asked for, or something else has a number for each token.
     """
-    refuse_numbered_tokens(run, given, name)
-    if run.config.output_attentions or run.config.output_hidden_states:
-        raise ValueError(
-            f"{name} reads other columns than the prompt's; leave output_hidden_states and output_attentions out"
-        )
+    refuse_moved_columns(run, given, name)
     run.model_kwargs["attention_mask"] = prompt.mask.long()
     run.columns_before = prompt.ids.shape[1] - given.ids.shape[1]
 
 
-def refuse_numbered_tokens(run: DecodingRun, given: Prompt, name: str) -> None:
-    """Refuse forward arguments, such as `token_type_ids`, that belong to tokens a method moves or repeats.
+def refuse_moved_columns(run: DecodingRun, given: Prompt, name: str) -> None:
+    """Refuse what has an entry for each token of a prompt that a method moves or repeats.
 
     Args:
         run: the call.
@@ -213,8 +209,13 @@ def refuse_numbered_tokens(run: DecodingRun, given: Prompt, name: str) -> None:
         name: of the method, for the message.
 
     Raises:
-        ValueError: there is one.
+        ValueError: states or attentions of the prompt are asked for, or there is a forward argument, such as
+            `token_type_ids`, that belongs to its tokens.
     """
+    if run.config.output_attentions or run.config.output_hidden_states:
+        raise ValueError(
+            f"{name} reads other columns than the prompt's; leave output_hidden_states and output_attentions out"
+        )
     for field, value in run.model_kwargs.items():
         own = field in ("attention_mask", "position_ids")
         if isinstance(value, torch.Tensor) and value.shape[:2] == given.ids.shape and not own:

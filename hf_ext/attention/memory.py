@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_ext import adapter
 from hf_ext.attention.intercept import intercept
 from hf_ext.attention.rotary import Rotary
 from hf_ext.layers import in_evaluation
@@ -69,7 +70,8 @@ class Memories:
             stride: tokens kept of a pass after the first.
 
         Raises:
-            ValueError: the model's positions are no rotations, an empty text, or a window that leaves no context.
+            ValueError: the model's positions are no rotations, it attends several times in a layer, an empty text,
+                or a window that leaves no context.
         """
         rotary = Rotary.of(model)
         config = model.config.get_text_config(decoder=True)
@@ -169,22 +171,42 @@ def mark_of(model: Any) -> str:
     """Return a mark of a model: its architecture, and sums of some of its weights."""
     config = model.config.get_text_config(decoder=True)
     shape = [config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size]
-    sums = [round(float(weight.detach().flatten()[::1009].double().sum()), 3) for weight in model.parameters()]
+    # Tied weights are no longer one tensor where accelerate has offloaded them: equal sums count once.
+    sums = dict.fromkeys(
+        round(float(weight.detach().flatten()[::1009].double().sum()), 3) for weight in _weights(model)
+    )
     return hashlib.sha256(json.dumps([*shape, *sums]).encode()).hexdigest()[:16]
+
+
+def _weights(model: Any) -> Iterator[Tensor]:
+    """Yield all parameters; those that accelerate offloads are fetched, module by module."""
+    if all(weight.device.type != "meta" for weight in model.parameters()):
+        yield from model.parameters()
+        return
+    from accelerate.utils import align_module_device
+
+    for module in model.modules():
+        with align_module_device(module):
+            yield from module.parameters(recurse=False)
 
 
 def _read(model: Any, rotary: Rotary, ids: Tensor, window: int, stride: int) -> list[tuple[Tensor, Tensor]]:
     """Return keys and values `(layers, heads, tokens, width)` of a text, piece by piece."""
     found, done = [], 0
-    device = model.get_input_embeddings().weight.device
+    device = adapter.device_of(model)
     while done < len(ids):
         stop = min(len(ids), window if not done else done + stride)
         start = max(0, stop - window)
-        layers: list[tuple[Tensor, Tensor]] = []
+        layers: dict[int, tuple[Tensor, Tensor]] = {}
 
         def keep(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, plain: Any, **call: Any) -> Any:
-            at = torch.arange(key.shape[2], device=key.device)
-            layers.append((rotary.rotate(module.layer_idx, key, -at)[0], value[0]))  # noqa: B023  (called at once)
+            layer, at = module.layer_idx, torch.arange(key.shape[2], device=key.device)
+            if layer in layers:  # noqa: B023  (called at once, here and below)
+                raise ValueError(
+                    f"{type(model).__name__} attends more than once in layer {layer}, with other values each time; "
+                    "a memory holds one value for each key"
+                )
+            layers[layer] = rotary.rotate(layer, key, -at)[0], value[0]  # noqa: B023
             return plain(module, query, key, value, mask, **call)
 
         piece = ids[None, start:stop].to(device)
@@ -192,6 +214,7 @@ def _read(model: Any, rotary: Rotary, ids: Tensor, window: int, stride: int) -> 
             places = torch.arange(piece.shape[1], device=device)[None]
             model(piece, attention_mask=torch.ones_like(piece), position_ids=places, use_cache=False)
         kept = slice(done - start, None)
-        found.append(tuple(torch.stack([pair[i][:, kept].cpu() for pair in layers]) for i in (0, 1)))
+        pairs = [layers[layer] for layer in sorted(layers)]
+        found.append(tuple(torch.stack([pair[i][:, kept].cpu() for pair in pairs]) for i in (0, 1)))
         done = stop
     return found  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -131,6 +132,9 @@ def test_what_makes_no_sense_is_refused():
     whole["token_type_ids"] = torch.ones_like(whole["input_ids"])
     gpt2 = tiny_models.shared("gpt2")
     refusal(lambda: run(gpt2, whole, BidirectionalContext(orders=2)), "token_type_ids", what="numbers of tokens")
+    for states in ("output_hidden_states", "output_attentions"):
+        call = partial(run, model, structured.prompts(ONE_SET), BidirectionalContext(orders=2), **{states: True})
+        refusal(call, states, what=f"{states} of columns that are moved")
     assert run(gpt2, whole, BidirectionalContext()).sequences.shape[1] == whole["input_ids"].shape[1] + 6
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers as tf
@@ -249,6 +251,19 @@ def test_memories_can_be_saved(tmp_path):
     assert torch.equal(logits(model, ExtendedMind(loaded), ids), logits(model, ExtendedMind(memories), ids))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_model_remembers_as_the_model_itself(tied):
+    model = tiny_models.build("llama", tie_word_embeddings=tied)
+    ids, memories = tiny_models.prompts((7,))[0], Memories.of(model, TEXTS)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    assert next(offloaded.parameters()).is_meta, "there is nothing to fetch"
+    found = Memories.of(offloaded, TEXTS)
+    assert found.model == memories.model, "the same weights have another mark"
+    close(found.values, memories.values, "values of an offloaded model", 0)
+    expected, strategy = logits(model, ExtendedMind(memories), ids), ExtendedMind(found)
+    close(logits(offloaded, strategy, ids), expected, "logits of an offloaded model", 0)
+
+
 def test_long_texts_are_read_in_overlapping_pieces():
     model = tiny_models.build("llama", num_hidden_layers=3)
     text = tiny_models.prompts((30,))[0][0]
@@ -305,6 +320,14 @@ def test_absolute_positions_are_refused(kind):
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options, word):
     refusal(lambda: ExtendedMind(**options), word, what=str(options))
+
+
+def test_a_layer_that_attends_twice_is_refused():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.DiffLlamaForCausalLM(
+        tf.DiffLlamaConfig(vocab_size=tiny_models.VOCABULARY, num_key_value_heads=2, **shape)
+    )
+    refusal(lambda: Memories.of(model, TEXTS), "attends more than once", what="DiffLlama")
 
 
 def test_layers_and_texts_that_do_not_exist_are_refused(tmp_path):
