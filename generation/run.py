@@ -40,6 +40,7 @@ class DecodingRun:
         model_kwargs: forward arguments, the cache among them.
         report: the ledger to fill.
         tokenizer: the tokenizer given to `Strategy.generate`, if any.
+        draft_tokenizer: likewise that of the strategy's draft model.
 
     Attributes:
         input_ids: `(batch, length so far)` int64.
@@ -66,11 +67,12 @@ class DecodingRun:
         model_kwargs: dict[str, Any],
         report: DecodeReport,
         tokenizer: Any = None,
+        draft_tokenizer: Any = None,
     ) -> None:
         self.model, self.input_ids, self.config = model, input_ids, config
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
         self.streamer, self.synced_gpus, self.model_kwargs, self.report = streamer, synced_gpus, model_kwargs, report
-        self.tokenizer = tokenizer
+        self.tokenizer, self.draft_tokenizer = tokenizer, draft_tokenizer
         self.prompt_length = input_ids.shape[1]
         embeds = model_kwargs.get("inputs_embeds")
         self._embedded = 0 if embeds is None or input_ids.shape[1] else embeds.shape[1]

@@ -16,6 +16,7 @@ from hf_ext.generation.speculative.drafter import Drafter
 from hf_ext.generation.speculative.engine import Speculative
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative.verifier import Rule
+from hf_ext.generation.speculative.vocabulary import fit_logits
 from hf_ext.generation.speculative_decoding import check_draft_tokens
 from hf_ext.generation.strategy import share
 
@@ -60,18 +61,22 @@ class AmateurDrafter(ChainDrafter):
                 "give; pass input_ids"
             )
         tree = super().first(context)
-        tree.scores = self.draft.catch_up(context)[:, None]
+        tree.scores = self._contrasted(self.draft.catch_up(context)[:, None])
         return tree
 
     def propose(self, context: DraftContext) -> DraftTree:
         """Draft a chain under every root."""
         tree = super().propose(context)
         if not tree.nodes:
-            tree.scores = self.draft.catch_up(context)[:, None]
+            tree.scores = self._contrasted(self.draft.catch_up(context)[:, None])
             return tree
         last = self.draft.extend(tree.tokens[:, -1:], [[tree.nodes - 1]] * tree.lanes)
-        tree.scores = torch.stack([*self.seen, last[:, 0]], dim=1)
+        tree.scores = self._contrasted(torch.stack([*self.seen, last[:, 0]], dim=1))
         return tree
+
+    def _contrasted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Leave out what stands for tokens that the amateur does not have."""
+        return logits[..., : self.draft.common]
 
 
 @dataclass
@@ -84,10 +89,11 @@ class SpeculativeContrastiveDecoding(Speculative):
     `draft_tokens` tokens, which are accepted and replaced as in speculative decoding.
 
     Unlike the other speculative methods this one changes the text: that of the expert alone comes
-    out with `beta=0, alpha=0` only.
+    out with `beta=0, alpha=0` only. A token that the amateur has no row for (the target's vocabulary may
+    be padded further) cannot be contrasted and is not written.
 
     Args:
-        draft_model: the amateur, a causal language model with the target's vocabulary.
+        draft_model: the amateur, a causal language model with the target's tokens.
         draft_tokens: tokens drafted a step.
         beta: strength of the contrast, 0 or more.
         alpha: plausibility threshold, from 0 (none) to 1.
@@ -128,4 +134,5 @@ class SpeculativeContrastiveDecoding(Speculative):
     def law(self, logits: torch.Tensor, tree: DraftTree, context: DraftContext) -> torch.Tensor:
         """Contrast the expert with the amateur at every node."""
         assert tree.scores is not None  # AmateurDrafter fills them in
-        return contrastive_logits(logits, tree.scores, self.beta, self.alpha)
+        contrast = contrastive_logits(logits[..., : tree.scores.shape[-1]], tree.scores, self.beta, self.alpha)
+        return fit_logits(contrast, logits.shape[-1])

@@ -104,6 +104,7 @@ class DecodingStrategy(abc.ABC):
         synced_gpus: bool | None = None,
         streamer: BaseStreamer | None = None,
         tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """Decode what `generate` has prepared; transformers calls this.
@@ -117,6 +118,7 @@ class DecodingStrategy(abc.ABC):
             synced_gpus: keep in step with other processes; found out by default.
             streamer: receives the new tokens.
             tokenizer: that of the prompts, for strategies that read text; `generate` of this class passes it.
+            assistant_tokenizer: that of a strategy's draft model, likewise.
             **model_kwargs: forward arguments (mask, positions, cache, encoder outputs).
 
         Returns:
@@ -151,7 +153,7 @@ class DecodingStrategy(abc.ABC):
         self.report = DecodeReport(name)
         run = DecodingRun(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, synced_gpus,
-            model_kwargs, self.report, tokenizer,
+            model_kwargs, self.report, tokenizer, assistant_tokenizer,
         )  # fmt: skip
         self.decode(run)
         return run.result()
@@ -180,7 +182,8 @@ class DecodingStrategy(abc.ABC):
             synced_gpus: as in `generate`.
             tokenizer: needed for `stop_strings`, and by strategies that read text.
             assistant_model: refused; strategies with a draft take it as an option.
-            assistant_tokenizer: likewise.
+            assistant_tokenizer: that of the option `draft_model`, for strategies that have one: the tokens of both
+                are compared.
             stop_strings: text at which a row ends.
             stopping_criteria: further criteria.
             **kwargs: everything else of `generate` (mask, config, lengths, processors, ...).
@@ -192,8 +195,13 @@ class DecodingStrategy(abc.ABC):
             ValueError: as the class says, or `stop_strings` without a tokenizer.
         """
         name = type(self).__name__
-        if assistant_model is not None or assistant_tokenizer is not None:
+        if assistant_model is not None:
             raise ValueError(f"{name} takes no assistant_model; a strategy that drafts takes draft_model as an option")
+        if assistant_tokenizer is not None and (tokenizer is None or self.options().get("draft_model") is None):
+            raise ValueError(
+                f"assistant_tokenizer is that of a draft model, to be compared with tokenizer: {name} needs "
+                "draft_model as an option, and tokenizer=... as well"
+            )
         if "custom_generate" in kwargs:
             raise ValueError(f"custom_generate would replace {name}; leave it out")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -214,7 +222,7 @@ class DecodingStrategy(abc.ABC):
             criteria.append(StopStringCriteria(tokenizer, stop_strings))
         if not self.samples and given is None:
             kwargs.setdefault("do_sample", False)
-        call = _Call(self, streamer, synced_gpus, tokenizer)
+        call = _Call(self, streamer, synced_gpus, tokenizer, assistant_tokenizer)
         # transformers would build the same criterion again, and fail for want of the tokenizer it dropped.
         with _without_stop_strings(model.generation_config), _without_stop_strings(given):
             # generate feeds the prompt to the streamer, the run feeds it the rest.
@@ -242,6 +250,7 @@ class _Call:
     streamer: BaseStreamer | None
     synced_gpus: bool | None
     tokenizer: Any
+    assistant_tokenizer: Any
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -249,7 +258,8 @@ class _Call:
         return inspect.signature(self.strategy)
 
     def __call__(self, model: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
-        kept = {"streamer": self.streamer, "synced_gpus": self.synced_gpus, "tokenizer": self.tokenizer}
+        names = ("streamer", "synced_gpus", "tokenizer", "assistant_tokenizer")
+        kept = {name: getattr(self, name) for name in names}
         return self.strategy(model, input_ids, **{**prepared, **kept})
 
 

@@ -16,13 +16,14 @@ from hf_ext.generation.speculative.drafter import Drafter, Verified
 from hf_ext.generation.speculative.probe import tree_problem
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative.tree_state import TreeState
+from hf_ext.generation.speculative.vocabulary import check_vocabularies, fit_logits, fit_tokens, vocabulary_size
 
 
 class DraftModel:
     """A draft model and what it has read of each lane.
 
     Args:
-        model: a causal language model with the target's vocabulary, or the name or folder of one.
+        model: a causal language model with the target's tokens, padded or not, or the name or folder of one.
         context: the call.
 
     Raises:
@@ -31,8 +32,11 @@ class DraftModel:
 
     def __init__(self, model: PreTrainedModel | str | Path, context: DraftContext) -> None:
         model = as_model(model, context.run.model)
-        check_draft_model(model, context.run.model, context.run.report.strategy)
+        run = context.run
+        check_draft_model(model, run.model, run.report.strategy, (run.tokenizer, run.draft_tokenizer))
         self.model = model
+        self._tokens, self._target_tokens = vocabulary_size(model), vocabulary_size(context.run.model)
+        self.common = min(self._tokens, self._target_tokens)
         self.state = TreeState.fresh(model, len(context.lanes))
         #: For every lane, which of its nodes have been read, in the order of reading.
         self.read_nodes: list[list[int]] = [[] for _ in context.lanes]
@@ -50,7 +54,7 @@ class DraftModel:
         tokens, counts = self._unread(context)
         logits = self.state.read(tokens, counts)
         self.read_nodes = [[] for _ in counts]
-        return logits.to(context.device)
+        return fit_logits(logits, self._target_tokens).to(context.device)
 
     @torch.no_grad()
     def catch_up_and_extend(
@@ -74,7 +78,8 @@ class DraftModel:
         self.read_nodes = [[-1] * longest + row for row in nodes]
         chain = tuple(range(-1, longest - 1))
         above = [chain + row for row in self._places(parents)]
-        logits = self.state.extend(torch.cat([text, tokens.to(device)], dim=1), above).logits
+        below = self._known(tokens.to(device))
+        logits = fit_logits(self.state.extend(torch.cat([text, below], dim=1), above).logits, self._target_tokens)
         places = [[root, *range(longest, logits.shape[1])] for root in self.roots]
         lanes = torch.arange(len(counts), device=logits.device)[:, None]
         return logits[lanes, torch.tensor(places, device=logits.device)].to(tokens.device)
@@ -84,7 +89,11 @@ class DraftModel:
         counts = [len(text) - held for text, held in zip(context.texts, self.state.lengths, strict=True)]
         longest = max(counts)
         rows = [text[-count:] + [0] * (longest - count) for text, count in zip(context.texts, counts, strict=True)]
-        return torch.tensor(rows, device=self.state.device), counts
+        return self._known(torch.tensor(rows, device=self.state.device)), counts
+
+    def _known(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens as the model can read them; the target may have more of them."""
+        return tokens if self.common == self._target_tokens else fit_tokens(tokens, self.common)
 
     def _places(self, parents: list[list[int]]) -> list[tuple[int, ...]]:
         """Turn numbers of nodes that are noted as read into their places."""
@@ -112,7 +121,8 @@ class DraftModel:
         for read, new in zip(self.read_nodes, nodes, strict=True):
             read.extend(new)
         above = None if parents is None else self._places(parents)
-        return self.state.extend(tokens.to(self.state.device), above).logits.to(tokens.device)
+        known = self._known(tokens.to(self.state.device))
+        return fit_logits(self.state.extend(known, above).logits, self._target_tokens).to(tokens.device)
 
     def observe(self, verified: Verified) -> None:
         """Keep what was read of the accepted paths, and go on with the lanes that go on."""
@@ -150,14 +160,11 @@ def _load(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
 
 
-def check_draft_model(draft: PreTrainedModel, target: PreTrainedModel, strategy: str) -> None:
-    """Raise ValueError unless `draft` can draft for `target`."""
-    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (draft, target)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{strategy}: draft_model has a vocabulary of {sizes[0]} tokens and the target one of {sizes[1]}; drafting "
-            "needs a draft model with the target's tokenizer"
-        )
+def check_draft_model(
+    draft: PreTrainedModel, target: PreTrainedModel, strategy: str, tokenizers: tuple[Any, Any] = (None, None)
+) -> None:
+    """Raise ValueError unless `draft` can draft for `target`; `tokenizers` are the target's and its own, if known."""
+    check_vocabularies(draft, target, strategy, tokenizers)
     problem = tree_problem(draft)
     if problem is not None:
         raise ValueError(f"{strategy}: draft_model evaluates trees: {problem}")

@@ -364,15 +364,6 @@ def test_models_that_cannot_follow_trees_are_refused():
         )  # fmt: skip
 
 
-def test_a_draft_model_with_another_vocabulary_is_refused():
-    ids, mask = tiny_models.prompts((4,))
-    strategy = SpeculativeDecoding(tiny_models.build("llama", vocab_size=50))
-    refusal(
-        lambda: strategy.generate(tiny_models.shared("llama"), ids, attention_mask=mask, max_new_tokens=3),
-        "vocabulary of 50", what="a draft model of another vocabulary",
-    )  # fmt: skip
-
-
 def test_half_precision_decodes_as_the_model_does():
     """bfloat16 rounds differently for different widths, so texts may differ; the first tokens and lengths may not."""
     model = tiny_models.build("llama").to(torch.bfloat16)
