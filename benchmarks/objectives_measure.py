@@ -121,7 +121,7 @@ def methods(only: Sequence[str] = ()) -> list[Method]:
             kind = "single-forward loss"
         else:
             kind = "corruption" if objective.corrupts else "gradients"
-        found.append(Method(plugin.name, kind, objective.has("statistics_loss")))
+        found.append(Method(plugin.name, kind, objective.can_leave_out_logits))
     return found
 
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from hf_ext.trainer_callbacks.clean_loss import next_token_loss
 from hf_ext.trainer_callbacks.distillation import distillation, odds_of
-from hf_ext.trainer_callbacks.history import logits_of
 from hf_ext.trainer_callbacks.objective import Objective
+from hf_ext.trainer_callbacks.reference import Reference
 from hf_ext.trainer_callbacks.sstoken import top_share
 from hf_ext.trainer_callbacks.tap import document_numbers
 
@@ -73,6 +72,9 @@ class ATKD(Objective):
     `easy_weight / (1 - hard_share)`, hard ones `(1 - easy_weight) / hard_share`. The teacher reads what the
     student reads, without gradients.
 
+    The logits of both models are made from their last hidden states, some tokens at a time, where their heads allow
+    that: once for the teacher's uncertainty, and again for the divergence and its gradient.
+
     Args:
         teacher: a model over the same vocabulary; it is moved to the student's device and not trained.
         hard_share: of each text's targets, above 0 and below 1; the paper takes 0.5.
@@ -81,6 +83,7 @@ class ATKD(Objective):
             training, bit for bit, and never asks the teacher.
         adaptive: False for plain distillation, `KL(teacher || student)` on every token, to compare with.
         clean_loss_every: see `Objective`.
+        without_logits: see `Objective`. False also has the teacher's logits built.
 
     Raises:
         ValueError: options are out of range; in training, the teacher has another vocabulary.
@@ -120,6 +123,7 @@ class ATKD(Objective):
                 raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
         if self.hard_share in (0, 1):
             raise ValueError(f"hard_share must leave some tokens easy and some hard, got {self.hard_share!r}")
+        self._reference: Reference | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return name, paper, options and hooks, with the teacher's name in its place."""
@@ -139,29 +143,43 @@ class ATKD(Objective):
             )
         if self.weight:
             self.teacher.requires_grad_(False).to(next(model.parameters()).device)
+            self._reference = Reference(self.teacher, with_logits=self.without_logits is False)
 
-    def token_loss(self, logits: Tensor, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
+    def is_plain(self) -> bool:
+        """Tell whether the options are those of plain training."""
+        return self.weight == 0
+
+    def remove(self) -> None:
+        """Take the objective off the model, and its hook off the teacher."""
+        super().remove()
+        if self._reference is not None:
+            self._reference.remove()
+            self._reference = None
+
+    def installed(self) -> list[str]:
+        """Say what is on the models."""
+        return [*super().installed(), *([] if self._reference is None else [f"teacher: {self._reference.line}"])]
+
+    def distribution_loss(self, logits: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the sum of the tokens' losses and the number of targets."""
-        if self.weight == 0:
-            return next_token_loss(logits, targets)
-        targets = targets.to(logits.device)
-        chosen = targets != -100
-        kept = targets[chosen]
-        student = logits[:, -targets.shape[1] :][chosen]
-        teacher = logits_of(self.teacher, self.batch)[:, -targets.shape[1] :].to(logits.device)[chosen]
-        uncertainty = (-odds_of(teacher, kept)).sigmoid()
-        weights = self._weights(uncertainty, chosen) if self.adaptive else (torch.ones_like(uncertainty), uncertainty)
-        on_target, on_rest = (self.weight * part for part in weights)
-        total, target, rest = distillation(student, teacher, kept, on_target, on_rest, 1 - self.weight)
-        self.record("divergence", (target + uncertainty * rest).sum(), len(kept))
-        self.record("uncertainty", uncertainty.sum(), len(kept))
-        return total, chosen.sum()
+        assert self._reference is not None
+        teacher = self._reference.read(self.batch, self.rows, self.columns)
+        on_target: Tensor | float = 1.0
+        on_rest = None
+        if self.adaptive:
+            uncertainty = (-odds_of(teacher, targets.to(teacher.device))).sigmoid()
+            on_target, on_rest = self._weights(uncertainty.to(targets.device))
+            on_rest *= self.weight
+        found = distillation(logits, teacher, targets, on_target * self.weight, on_rest, 1 - self.weight)
+        self.record("divergence", (found.target + found.uncertainty * found.rest).sum(), len(targets))
+        self.record("uncertainty", found.uncertainty.sum(), len(targets))
+        return found.total, torch.as_tensor(len(targets))
 
-    def _weights(self, uncertainty: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
         """Weigh the target part and the rest part of each token by whether its teacher finds it hard."""
-        documents = document_numbers(self.batch).to(chosen.device)
-        rows = torch.arange(len(chosen), device=chosen.device)[:, None] * chosen.shape[1]
-        hard = top_share(uncertainty, (documents + rows)[chosen], chosen.numel(), self.hard_share)
+        documents = document_numbers(self.batch).to(self.rows.device)
+        groups = documents[self.rows, self.columns] + self.rows * documents.shape[1]
+        hard = top_share(uncertainty, groups.to(uncertainty.device), documents.numel(), self.hard_share)
         easy_weight, hard_weight = self.easy_weight / (1 - self.hard_share), (1 - self.easy_weight) / self.hard_share
         on_target = torch.where(hard, hard_weight, 0.0).to(uncertainty.dtype)
         return on_target, torch.where(hard, hard_weight, easy_weight).to(uncertainty.dtype)

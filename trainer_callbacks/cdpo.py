@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainingArguments
 
+from hf_ext.kernels.linear_logits import Logits
 from hf_ext.trainer_callbacks.attachment import ObjectiveMixin
-from hf_ext.trainer_callbacks.history import as_in_evaluation
 from hf_ext.trainer_callbacks.objective import Objective
+from hf_ext.trainer_callbacks.reference import Reference
 
 
 def contrastive_scores(positive: Tensor, negative: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
@@ -54,11 +55,30 @@ def critical_scores(positive: nn.Module, negative: nn.Module, batch: Mapping[str
     Returns:
         (batch, length - 1): the score of every token but the first.
     """
-    logits = []
-    for model in (positive, negative):
-        with as_in_evaluation(model):
-            logits.append(model(**batch, use_cache=False).logits[:, :-1])
-    return contrastive_scores(logits[0], logits[1].to(logits[0].device), batch["input_ids"][:, 1:], beta)
+    references = [Reference(model) for model in (positive, negative)]
+    try:
+        return _scored([reference.read(batch, *_predicting(batch)) for reference in references], batch, beta)
+    finally:
+        for reference in references:
+            reference.remove()
+
+
+def _predicting(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of all tokens that predict another."""
+    rows, columns = torch.ones_like(batch["input_ids"][:, 1:]).nonzero().unbind(-1)
+    return rows, columns
+
+
+@torch.no_grad()
+def _scored(read: Sequence[Logits], batch: Mapping[str, Tensor], beta: float) -> Tensor:
+    """Return the scores of the predicted tokens, from a piece of both models' logits at a time: (batch, length - 1)."""
+    positive, negative = read
+    targets = batch["input_ids"][:, 1:]
+    flat, found = targets.flatten().to(positive.device), []
+    at_first, at_second = positive.reader(), negative.reader(positive.rows)
+    for at in positive.places():
+        found.append(contrastive_scores(at_first(at), at_second(at).to(positive.device), flat[at], beta))
+    return torch.cat(found).view(targets.shape) if found else targets.new_empty(targets.shape, dtype=positive.dtype)
 
 
 def weighted_dpo_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, beta: float) -> Tensor:
@@ -214,9 +234,13 @@ class CDPO(Objective):
             return critical_scores(self.positive, self.negative, batch, self.beta)
         logits = []
         for source in (self.positive, self.negative):
-            with _adapter(model, source) as reader, as_in_evaluation(reader):
-                logits.append(reader(**batch, use_cache=False).logits[:, :-1])
-        return contrastive_scores(logits[0], logits[1], batch["input_ids"][:, 1:], self.beta)
+            with _adapter(model, source) as reader:
+                reference = Reference(reader)
+                try:
+                    logits.append(reference.read(batch, *_predicting(batch)))
+                finally:
+                    reference.remove()
+        return _scored(logits, batch, self.beta)
 
 
 @contextlib.contextmanager

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.func import functional_call
 from transformers import TrainerState, TrainingArguments
 
-from hf_ext.layers import in_evaluation
 from hf_ext.trainer_callbacks.starting_weights import starting_weights
-
-#: What of a training batch says what is to be learnt, not what is to be read.
-_LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 class History:
@@ -90,31 +83,3 @@ class History:
         """Write the average into a checkpoint; fixed weights lie beside the checkpoints already."""
         if self._decay != 1:
             save_file({key: value.contiguous() for key, value in self.weights.items()}, folder / self._file)
-
-    def logits(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the logits that the earlier model gives on a batch, without gradients."""
-        with as_in_evaluation(self._model):
-            return functional_call(self._model, self.weights, (), _unlabelled(batch)).logits
-
-
-def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Return the logits that another model gives on a training batch, without gradients and without dropout."""
-    with as_in_evaluation(model):
-        return model(**_unlabelled(batch)).logits
-
-
-def _unlabelled(batch: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in batch.items() if name not in _LABELS}
-    return {**known, "use_cache": False}
-
-
-@contextlib.contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Run a model on the side of its training: no gradients, no dropout, nothing left in autocast's cache."""
-    cached = torch.is_autocast_cache_enabled()
-    with torch.no_grad(), in_evaluation(model):
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cached)

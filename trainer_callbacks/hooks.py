@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 #: Hooks that replace the loss on the model's output.
-LOSS_HOOKS = ("loss_on_hidden", "token_loss", "statistics_loss")
+LOSS_HOOKS = ("loss_on_hidden", "token_loss", "statistics_loss", "distribution_loss")
+#: Those of them that can do without the logits of all tokens.
+WITHOUT_LOGITS = ("statistics_loss", "distribution_loss")
 #: Hooks that only a trainer with the objective attached can call.
 ATTACHED_HOOKS = ("step", "training_step", "make_optimizer", "on_window")
 #: Hooks that a subclass may define. Each is optional.
@@ -69,6 +71,16 @@ class Hooks:
         """
         raise NotImplementedError
 
+    def distribution_loss(self, logits: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
+        """Return the summed loss and the number of targets.
+
+        Args:
+            logits: `hf_ext.kernels.linear_logits.Logits` of the targets that are not -100, of a head or there.
+            targets: (targets,), token ids.
+            extra: what else the model hands its loss function.
+        """
+        raise NotImplementedError
+
     def table(self) -> Tensor:
         """Return what the statistic `expectation` is over: (vocabulary, any width)."""
         raise NotImplementedError
@@ -80,7 +92,8 @@ class Hooks:
     def is_plain(self) -> bool:
         """Tell whether the coming pass trains the next-token loss, which then is computed as plain training does.
 
-        For objectives with a `statistics_loss`; the statistics then leave no token out.
+        For objectives with a `statistics_loss`, whose statistics then leave no token out, or a `distribution_loss`,
+        which then is not asked.
         """
         return False
 

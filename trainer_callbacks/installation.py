@@ -52,7 +52,7 @@ class Installation:
         self._layer_handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self.head: PlainHead | None = None
-        if objective.has("statistics_loss") and objective.without_logits is not False:
+        if objective.can_leave_out_logits and objective.without_logits is not False:
             self._leave_out_logits(objective, model, args, trainer)
         self._batch: dict[str, Any] = {}
         self._wanted: set[int] = set()

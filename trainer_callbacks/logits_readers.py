@@ -36,16 +36,23 @@ def reader_of_logits(
         owner = _owner(trainer, name)
         if owner is not Trainer:
             return f"{owner.__name__}.{name} may read them"
+    if args.deepspeed or trainer.is_fsdp_enabled:
+        return "the head is in parts on several devices"
+    if args.torch_compile:
+        return "the model is compiled"
+    return reader_of(model)
+
+
+def reader_of(model: nn.Module) -> str | None:
+    """Say what of a model itself may read its logits, or why they cannot be left out; None if they can."""
     base = base_model(model)
     for what, module in (("the model", model), ("the model", base), ("its head", base.get_output_embeddings())):
         if module is not None and (module._forward_hooks or (module is not model and module._forward_pre_hooks)):
             return f"a hook on {what} may read them"
-    if isinstance(model, FSDPModule) or args.deepspeed or trainer.is_fsdp_enabled:
+    if isinstance(model, FSDPModule):
         return "the head is in parts on several devices"
     if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
         return "the model is on several devices"
-    if args.torch_compile:
-        return "the model is compiled"
     return None
 
 

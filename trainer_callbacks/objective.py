@@ -25,10 +25,10 @@ from hf_ext.trainer_callbacks import cards, noise
 from hf_ext.trainer_callbacks.clean_loss import clean_loss, next_token_loss
 from hf_ext.trainer_callbacks.conflicts import refuse_arguments
 from hf_ext.trainer_callbacks.documents import split_clean
-from hf_ext.trainer_callbacks.hooks import ATTACHED_HOOKS, HOOKS, LOSS_HOOKS, Hooks
+from hf_ext.trainer_callbacks.hooks import ATTACHED_HOOKS, HOOKS, LOSS_HOOKS, WITHOUT_LOGITS, Hooks
 from hf_ext.trainer_callbacks.installation import Installation, objectives_on
 from hf_ext.trainer_callbacks.meters import Meters
-from hf_ext.trainer_callbacks.statistics import loss_of_statistics
+from hf_ext.trainer_callbacks.statistics import loss_of_distributions, loss_of_statistics
 
 #: With `logging_strategy="epoch"` over data of unknown length, measure the clean loss this often.
 STEPS_WITHOUT_EPOCH_LENGTH = 100
@@ -52,6 +52,8 @@ class Objective(Hooks, TrainerCallback):
     - `statistics_loss(statistics, targets, **extra) -> (sum, count)`: the same for losses that need no
       more of each distribution than a few numbers (see `hf_ext.kernels.linear_loss.TokenStatistics`),
       and so can do without the logits.
+    - `distribution_loss(logits, targets, **extra) -> (sum, count)`: likewise for losses that need whole
+      distributions, but of a few tokens at a time (see `hf_ext.kernels.linear_logits.Logits`).
     - `on_layer(index, before, after, batch) -> after`: change what a decoder layer passes on.
     - `on_gradients(model, optimizer)`: change the accumulated gradients before the optimizer steps.
 
@@ -76,7 +78,7 @@ class Objective(Hooks, TrainerCallback):
             it costs one more forward pass (about a third of a step) at those steps, otherwise a
             cross-entropy over logits that are there already. It is logged as `clean_loss`.
         without_logits: True to never build the vocabulary-sized logits: the loss is computed from the last
-            hidden states, a part at a time. For objectives with `statistics_loss` only, on models
+            hidden states, a part at a time. For objectives with `statistics_loss` or `distribution_loss`, on models
             whose logits are those of their head alone, up to a scale or soft-capping. None does so where
             the model allows it and nobody else reads the logits (a trainer with a `compute_loss` of its own
             may, SFTTrainer for one); `installed()` says which. False for never.
@@ -109,14 +111,14 @@ class Objective(Hooks, TrainerCallback):
     def __post_init__(self) -> None:
         if self.clean_loss_every is not None and self.clean_loss_every < 0:
             raise ValueError(f"clean_loss_every must be None, 0 or a number of steps, got {self.clean_loss_every}")
-        if self.without_logits and not self.has("statistics_loss"):
+        if self.without_logits and not self.can_leave_out_logits:
             raise ValueError(f"{self.name} needs the logits (it has no statistics_loss); drop without_logits=True")
         self._installation: Installation | None = None
         self._meters = Meters()
         self._attached = False
         self._popped_labels: Tensor | None = None
         self._inputs: Mapping[str, Any] = {}
-        #: in `statistics_loss`: (targets,), row of the batch and column from which each target is predicted
+        #: in `statistics_loss` and `distribution_loss`: (targets,), row and column that each target is predicted from
         self.rows: Tensor = torch.empty(0, dtype=torch.long)
         self.columns: Tensor = self.rows
 
@@ -152,6 +154,11 @@ class Objective(Hooks, TrainerCallback):
     def loss_hook(self) -> str | None:
         """Name of the hook that replaces the loss on the model's logits, if one does."""
         return next((hook for hook in LOSS_HOOKS if self.has(hook)), None)
+
+    @property
+    def can_leave_out_logits(self) -> bool:
+        """Whether the loss can do without the logits of all tokens."""
+        return any(self.has(hook) for hook in WITHOUT_LOGITS)
 
     @property
     def replaces_loss(self) -> str | None:
@@ -329,12 +336,13 @@ class Objective(Hooks, TrainerCallback):
             self.refuse_unknown_count()
         assert self._installation is not None
         measure = self.clean_loss_due() and not any(o.corrupts for o in objectives_on(self._installation.model))
-        if self.has("statistics_loss"):
+        if self.can_leave_out_logits:
             head = self._installation.head
             armed = head if head is not None and head.armed else None
-            total, count, plain = loss_of_statistics(self, armed, logits, targets, extra)
+            ask = loss_of_statistics if self.has("statistics_loss") else loss_of_distributions
+            total, count, plain = ask(self, armed, logits, targets, extra)
             if measure:
-                self.record("clean_loss", plain, (targets != -100).sum())
+                self.record("clean_loss", plain() if callable(plain) else plain, (targets != -100).sum())
         else:
             if measure:  # with a corruption, it was measured before
                 with torch.no_grad():

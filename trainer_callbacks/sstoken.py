@@ -13,9 +13,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_ext.attention.intercept import intercept
 from hf_ext.layers import base_model, decoder_layers
-from hf_ext.trainer_callbacks.clean_loss import next_token_loss
-from hf_ext.trainer_callbacks.history import History, as_in_evaluation, logits_of
+from hf_ext.trainer_callbacks.clean_loss import as_in_evaluation
+from hf_ext.trainer_callbacks.history import History
 from hf_ext.trainer_callbacks.objective import Objective
+from hf_ext.trainer_callbacks.reference import Reference
 from hf_ext.trainer_callbacks.tap import Tap, document_numbers
 
 
@@ -87,6 +88,7 @@ class SSToken(Objective):
         decay: with `history=None`, share of itself that the earlier version keeps at each step, moving towards
             the present one; 1 leaves it at the beginning.
         clean_loss_every: see `Objective`.
+        without_logits: see `Objective`. False also has the earlier version's logits built.
 
     Raises:
         ValueError: options are out of range; in training, weights are sharded and `history` is None.
@@ -107,6 +109,9 @@ class SSToken(Objective):
     paper: ClassVar[str] = (
         "ssToken: Self-modulated and Semantic-aware Token Selection for LLM Fine-tuning (arXiv:2510.18250)"
     )
+
+    #: which tokens are chosen depends on all of their text
+    additive: ClassVar[bool] = False
 
     share: float = 0.6
     gamma: float = 0.5
@@ -129,6 +134,7 @@ class SSToken(Objective):
             raise ValueError("decay moves a copy of the trained weights, so it does not go with a history model")
         self._tap: Tap | None = None
         self._past: History | None = None
+        self._reference: Reference | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return name, paper, options and hooks, with the history model's name in its place."""
@@ -144,22 +150,29 @@ class SSToken(Objective):
         self._model = model
         if self.gamma < 1:
             self._tap = Tap(decoder_layers(model)[-1])
-        if self.gamma > 0 and self.history is None:
-            self._past = History(self.name, model, args, self._state, self.decay)
         if self.history is not None:
             self.history.requires_grad_(False).to(next(model.parameters()).device)
+        if self.gamma > 0:
+            if self.history is None:
+                self._past = History(self.name, model, args, self._state, self.decay)
+            before, weights = (self.history, None) if self._past is None else (model, self._past.weights)
+            self._reference = Reference(before, weights, with_logits=self.without_logits is False)
 
     def installed(self) -> list[str]:
         """Say what is on the model."""
         lines = ["forward pre-hook on the last layer: its input"] if self._tap else []
-        return [*super().installed(), *lines, *(["a copy of the trained weights"] if self._past else [])]
+        lines += ["a copy of the trained weights"] if self._past else []
+        lines += [f"earlier version: {self._reference.line}"] if self._reference else []
+        return [*super().installed(), *lines]
 
     def remove(self) -> None:
         """Take the objective off the model and drop the copy of its weights."""
         super().remove()
         if self._tap is not None:
             self._tap.remove()
-        self._tap = self._past = None
+        if self._reference is not None:
+            self._reference.remove()
+        self._tap = self._past = self._reference = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the earlier version."""
@@ -172,59 +185,62 @@ class SSToken(Objective):
         if self._past is not None and state.is_world_process_zero:
             self._past.save(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
-    def token_loss(self, logits: Tensor, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
+    def is_plain(self) -> bool:
+        """Tell whether the options are those of plain training."""
+        return self.share == 1
+
+    def statistics_loss(self, statistics: Any, targets: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         """Return the sum over the selected tokens, weighted to the size of their texts, and the number of targets."""
+        losses, total = statistics.nll, torch.as_tensor(len(targets))
         if self.share == 1:
-            return next_token_loss(logits, targets)
-        targets = targets.to(logits.device)
-        chosen = targets != -100
-        losses = _losses(logits, targets, chosen)
-        documents = document_numbers(self.batch).to(logits.device)
-        rows = torch.arange(len(targets), device=targets.device)[:, None] * targets.shape[1]
-        groups, count = (documents + rows)[chosen], targets.numel()
+            return losses.sum(), total
+        device = losses.device
+        documents = document_numbers(self.batch)
+        rows, columns = (where.to(documents.device) for where in (self.rows, self.columns))
+        groups, count = (documents[rows, columns] + rows * documents.shape[1]).to(device), documents.numel()
         with torch.no_grad():
             scores = torch.zeros_like(losses)
-            if self.gamma > 0:
-                before = self._past.logits(self.batch) if self._past else logits_of(self.history, self.batch)
-                past = _losses(before[:, -targets.shape[1] :].to(logits.device), targets, chosen)
+            if self._reference is not None:
+                before = self._reference.read(self.batch, rows, columns)
+                past = before.statistics(targets.to(before.device)).nll.to(losses)
                 scores += self.gamma * scaled(past - losses, groups, count)
             if self.gamma < 1:
-                given = functional.pad(self._attention_to_prompt(chosen, documents)[:, 1:], (0, 1))
-                scores += (1 - self.gamma) * given[chosen].to(scores.dtype)
+                given = self._attention_to_prompt(rows, columns, documents)
+                scores += (1 - self.gamma) * given.to(scores)
             kept = top_share(scores, groups, count, self.share)
             ones = torch.ones_like(losses)
-            sizes = torch.zeros(count, device=ones.device, dtype=ones.dtype)
+            sizes = torch.zeros(count, device=device, dtype=ones.dtype)
             weight = sizes.index_add(0, groups, ones) / sizes.index_add(0, groups, ones * kept).clamp_min(1)
         self.record("selected_share", kept.sum(), len(kept))
         self.record("selected_loss", (losses.detach() * kept).sum(), kept.sum())
-        return (losses * kept * weight[groups]).sum(), chosen.sum()
+        return (losses * kept * weight[groups]).sum(), total
 
-    def _attention_to_prompt(self, chosen: Tensor, documents: Tensor) -> Tensor:
-        """Return for each token the attention that it gives to the prompt in the last layer: (batch, length)."""
+    def _attention_to_prompt(self, rows: Tensor, columns: Tensor, documents: Tensor) -> Tensor:
+        """Return for each target the attention that it gives to the prompt in the last layer: (targets,)."""
         assert self._tap is not None
         args, kwargs = self._tap.take()
         layer = decoder_layers(self._model)[-1]
-        trained = functional.pad(chosen[:, :-1], (1, 0))
-        prompt = (documents >= 0) & ~trained
+        chosen = torch.zeros_like(documents, dtype=torch.bool)
+        chosen[rows, columns] = True
+        prompt = (documents >= 0) & ~functional.pad(chosen[:, :-1], (1, 0))
         found: list[Tensor] = []
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, plain: Any, **kw: Any) -> Any:
-            indicator = prompt.to(value.device, value.dtype)[:, None, :, None].expand_as(value).contiguous()
+            # virtual tokens, which prompt tuning puts first, belong to the prompt
+            whole = functional.pad(prompt, (value.shape[2] - prompt.shape[1], 0), value=True)
+            indicator = whole.to(value.device, value.dtype)[:, None, :, None].expand_as(value).contiguous()
             found.append(plain(module, query, key, indicator, mask, **kw)[0][..., 0].float().mean(-1))
             return plain(module, query, key, value, mask, **kw)
 
-        with as_in_evaluation(layer), intercept(base_model(self._model), attend):
+        with torch.no_grad(), as_in_evaluation(layer), intercept(base_model(self._model), attend):
             layer(*args, **{**kwargs, "past_key_values": None})
         if not found:
             raise ValueError(
                 f"{self.name} found no attention in the last layer of {type(self._model).__name__}; use gamma=1"
             )
-        return found[0]
-
-
-def _losses(logits: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
-    """Return the losses of the chosen targets: (tokens,)."""
-    return functional.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
+        [attention] = found
+        given = functional.pad(attention[:, attention.shape[1] - documents.shape[1] + 1 :], (0, 1))
+        return given[rows.to(given.device), columns.to(given.device)]
 
 
 def _number(value: Any) -> bool:

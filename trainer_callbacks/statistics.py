@@ -1,21 +1,19 @@
-"""The per-token statistics that a `statistics_loss` reads, with the vocabulary-sized logits or without."""
+"""What losses of statistics or of distributions read, with the vocabulary-sized logits or without."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hf_ext.trainer_callbacks.clean_loss import next_token_loss
+
 if TYPE_CHECKING:
+    from hf_ext.kernels.linear_logits import Logits
     from hf_ext.trainer_callbacks.objective import Objective
     from hf_ext.trainer_callbacks.plain_head import PlainHead
-
-#: If at least this share of the positions has a target, statistics are computed everywhere and then
-#: selected: a copy of the selected logits would cost more.
-MOSTLY = 0.5
 
 
 def loss_of_statistics(
@@ -34,24 +32,12 @@ def loss_of_statistics(
     Returns:
         The summed loss, the number of targets that it counts, and the summed next-token loss.
     """
-    from hf_ext.kernels.linear_loss import linear_loss, linear_statistics, loss_of_logits
+    from hf_ext.kernels.linear_loss import loss_of_pieces
 
-    kept = targets != -100
-    (rows, columns), wanted = kept.nonzero().unbind(-1), targets[kept]
     plain, options = objective.is_plain(), _options(objective)
-    states, weight = logits, logits
-    if head is not None:
-        states, weight, bias = head.take()
-        options.update(bias=bias, scale=head.scale, softcap=head.softcap)
-    wanted = wanted.to(states.device)
-    ids = objective.batch.get("input_ids")
-    if ids is not None:  # prompt tuning puts virtual tokens before them
-        columns = columns - (targets.shape[1] - ids.shape[1])
+    source, wanted, rows, columns = _of_targets(objective, head, logits, targets)
     if not objective.additive or (plain and head is None):  # plain: by autograd, to the last bit what training does
-        if head is None:
-            found = _of_logits(logits, targets, kept, wanted, options)
-        else:
-            found = linear_statistics(states[kept.to(states.device)], weight, wanted, **options)
+        found = source.statistics(wanted, **options)
         objective.rows, objective.columns = rows, columns
         return *objective.statistics_loss(found, wanted, **extra), found.nll.detach().sum()
     apart = None if plain else objective.apart()
@@ -64,12 +50,7 @@ def loss_of_statistics(
         sums.append(_plain_nll(found, wanted[at], apart).sum())
         return total
 
-    if head is None:
-        places = kept.flatten().nonzero()[:, 0].to(logits.device)
-        total = loss_of_logits(logits.flatten(0, 1), places, wanted, piece, apart=apart, **options)
-    else:
-        given = states[kept.to(states.device)]
-        total = linear_loss(given, weight, wanted, piece, apart=apart, **options)
+    total = loss_of_pieces(source, wanted, piece, apart=apart, **options)
     if not counts:  # a batch without targets
         return total, torch.zeros((), dtype=torch.long), torch.zeros(())
     return total, torch.stack([torch.as_tensor(count) for count in counts]).sum(), torch.stack(sums).sum()
@@ -90,14 +71,49 @@ def _options(objective: Objective) -> dict[str, Any]:
     return {**options, "table": objective.table()} if "expectation" in needed else options
 
 
-def _of_logits(logits: Tensor, targets: Tensor, kept: Tensor, wanted: Tensor, options: Mapping[str, Any]) -> Any:
-    """Return the statistics of the logits that predict a target."""
-    from hf_ext.kernels.linear_loss import statistics_of_logits
+def loss_of_distributions(
+    objective: Objective, head: PlainHead | None, logits: Tensor, targets: Tensor, extra: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    """Ask an objective for its loss on the distributions of a batch.
 
-    flat, places = logits.flatten(0, 1), kept.flatten().to(logits.device)
-    if len(wanted) < MOSTLY * kept.numel():
-        return statistics_of_logits(flat[places], wanted, **options)
-    found = statistics_of_logits(flat, targets.flatten().to(logits.device).clamp(min=0), **options)
-    values = {item.name: getattr(found, item.name) for item in dataclasses.fields(found)}
-    selected: dict[str, Any] = {name: None if value is None else value[places] for name, value in values.items()}
-    return dataclasses.replace(found, **selected)
+    Args:
+        objective: its `distribution_loss` is asked once, unless it says that it `is_plain`.
+        head: see `loss_of_statistics`.
+        logits: see there.
+        targets: see there.
+        extra: see there.
+
+    Returns:
+        The summed loss, the number of targets that it counts, and what gives the summed next-token loss.
+    """
+    if head is None and objective.is_plain():
+        total, count = next_token_loss(logits, targets)
+        return total, count, total.detach
+    source, wanted, objective.rows, objective.columns = _of_targets(objective, head, logits, targets)
+
+    @torch.no_grad()
+    def measured() -> Tensor:
+        return source.statistics(wanted).nll.sum()
+
+    if objective.is_plain():
+        return source.statistics(wanted).nll.sum(), torch.as_tensor(len(wanted)), measured
+    return *objective.distribution_loss(source, wanted, **extra), measured
+
+
+def _of_targets(
+    objective: Objective, head: PlainHead | None, logits: Tensor, targets: Tensor
+) -> tuple[Logits, Tensor, Tensor, Tensor]:
+    """Return the logits that predict a target, the targets, and row and column of the batch of each."""
+    from hf_ext.kernels.linear_logits import GivenLogits, HeadLogits
+
+    kept = targets != -100
+    (rows, columns), wanted = kept.nonzero().unbind(-1), targets[kept]
+    ids = objective.batch.get("input_ids")
+    if ids is not None:  # prompt tuning puts virtual tokens before them
+        columns = columns - (targets.shape[1] - ids.shape[1])
+    if head is None:
+        places = kept.flatten().nonzero()[:, 0].to(logits.device)
+        return GivenLogits(logits.flatten(0, 1), places), wanted.to(logits.device), rows, columns
+    states, weight, bias = head.take()
+    found = HeadLogits(states[kept.to(states.device)], weight, bias, head.scale, head.softcap)
+    return found, wanted.to(states.device), rows, columns

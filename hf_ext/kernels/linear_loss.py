@@ -13,10 +13,21 @@ from collections.abc import Callable
 import torch
 
 from hf_ext.kernels import linear_loss_autograd
-from hf_ext.kernels.linear_loss_pieces import Head, rows_at_a_time
+from hf_ext.kernels.linear_logits import GivenLogits, HeadLogits, Logits, sum_of_pieces
+from hf_ext.kernels.linear_loss_pieces import Piece
 from hf_ext.kernels.linear_statistics import TokenStatistics, check_table, check_targets, statistics_of_logits
 
-__all__ = ["TokenStatistics", "linear_loss", "linear_statistics", "loss_of_logits", "statistics_of_logits"]
+__all__ = [
+    "GivenLogits",
+    "HeadLogits",
+    "Logits",
+    "TokenStatistics",
+    "linear_loss",
+    "linear_statistics",
+    "loss_of_logits",
+    "loss_of_pieces",
+    "statistics_of_logits",
+]
 
 
 def linear_statistics(
@@ -66,12 +77,8 @@ def linear_statistics(
         >>> hidden.grad[0].abs().max().item()  # the entropy of equal logits is at its greatest
         0.0
     """
-    head, hidden, weight, bias = _head(hidden, weight, targets, bias, scale, softcap, table, queries, chunk)
-    wanted = (entropy, table is not None, best)
-    nll, found_entropy, expectation, top, top_nll = linear_loss_autograd.Statistics.apply(
-        hidden, weight, bias, targets, table, queries, head, wanted
-    )  # type: ignore[no-untyped-call]
-    return TokenStatistics(nll, found_entropy, expectation, top, top_nll)
+    source = HeadLogits(hidden, weight, bias, scale, softcap, chunk)
+    return source.statistics(targets, table=table, queries=queries, entropy=entropy, best=best)
 
 
 def linear_loss(
@@ -125,13 +132,10 @@ def linear_loss(
         >>> (round(total.item(), 4), hidden.grad.shape)
         (0.1734, torch.Size([2, 2]))
     """
-    head, hidden, weight, bias = _head(hidden, weight, targets, bias, scale, softcap, table, queries, chunk)
-    wanted = (entropy, table is not None, best)
-    _check_apart(apart, len(weight))
-    found: torch.Tensor = linear_loss_autograd.Loss.apply(
-        hidden, weight, bias, targets, table, queries, head, wanted, apart, loss, torch.is_grad_enabled()
-    )  # type: ignore[no-untyped-call]
-    return found
+    return loss_of_pieces(
+        HeadLogits(hidden, weight, bias, scale, softcap, chunk), targets, loss, table=table, queries=queries,
+        entropy=entropy, best=best, apart=apart, name="linear_loss",
+    )  # fmt: skip
 
 
 def loss_of_logits(
@@ -176,53 +180,54 @@ def loss_of_logits(
                 [ 0.0000,  0.0000,  0.0000,  0.0000],
                 [ 0.2500,  0.2500,  0.2500, -0.7500]])
     """
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits must be (positions, vocabulary), got {logits.dtype} of {tuple(logits.shape)}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, or None, got {chunk}")
-    vocabulary = logits.shape[1]
-    check_targets(len(places), vocabulary, targets)
-    check_table(len(places), vocabulary, table, None)
-    _check_apart(apart, vocabulary)
-    rows = rows_at_a_time(vocabulary, logits.device.type, there=True) if chunk is None else chunk
+    return loss_of_pieces(
+        GivenLogits(logits, places, chunk), targets, loss, table=table, entropy=entropy, best=best, apart=apart,
+        name="loss_of_logits",
+    )  # fmt: skip
+
+
+def loss_of_pieces(
+    source: Logits,
+    targets: torch.Tensor,
+    loss: Callable[[TokenStatistics, slice], torch.Tensor],
+    *,
+    table: torch.Tensor | None = None,
+    queries: torch.Tensor | None = None,
+    entropy: bool = False,
+    best: bool = False,
+    apart: int | None = None,
+    name: str = "loss_of_pieces",
+) -> torch.Tensor:
+    """Return what `linear_loss` and `loss_of_logits` do, of logits of either kind.
+
+    Args:
+        source: of the logits.
+        targets: (tokens,) int64 in the vocabulary.
+        loss: see `linear_loss`.
+        table: see `linear_statistics`.
+        queries: see there.
+        entropy: see there.
+        best: see there.
+        apart: see `linear_loss`.
+        name: of what computes the loss, for errors.
+
+    Returns:
+        Scalar, in float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not go together, or a loss that is not a scalar.
+    """
+    check_targets(len(source), source.vocabulary, targets)
+    check_table(len(source), source.vocabulary, table, queries)
+    if apart is not None and not 0 <= apart < source.vocabulary:
+        raise ValueError(f"apart must be a token from 0 to {source.vocabulary - 1}, got {apart}")
     wanted = (entropy, table is not None, best)
-    table = None if table is None else table.detach()
-    found: torch.Tensor = linear_loss_autograd.LossOfLogits.apply(
-        logits, places, targets, table, wanted, apart, rows, loss, torch.is_grad_enabled()
-    )  # type: ignore[no-untyped-call]
-    return found
+    table, queries = (None if given is None else given.detach() for given in (table, queries))
 
+    def work(logits: torch.Tensor, at: slice, needed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        asked = None if queries is None else queries[at]
+        piece = Piece(logits, targets[at], table, asked, wanted, needed, apart)
+        value, given = linear_loss_autograd.gradient_of_loss(loss, piece.statistics, at, needed)
+        return value, None if given is None else piece.gradient(given)
 
-def _check_apart(apart: int | None, vocabulary: int) -> None:
-    if apart is not None and not 0 <= apart < vocabulary:
-        raise ValueError(f"apart must be a token from 0 to {vocabulary - 1}, got {apart}")
-
-
-def _head(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, scale: float,
-    softcap: float | None, table: torch.Tensor | None, queries: torch.Tensor | None, chunk: int | None,
-) -> tuple[Head, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Check the inputs, and return how the head computes, with its inputs as autocast has them."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "hidden must be (tokens, width) and weight (vocabulary, width), got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, or None for none, got {softcap}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, or None, got {chunk}")
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if any(t.dtype != hidden.dtype for t in (weight, bias) if t is not None) or not hidden.is_floating_point():
-        dtypes = [str(t.dtype) for t in (hidden, weight, bias) if t is not None]
-        raise ValueError(f"hidden, weight and bias must have one floating dtype, got {', '.join(dtypes)}")
-    check_targets(len(hidden), len(weight), targets)
-    check_table(len(hidden), len(weight), table, queries)
-    rows = rows_at_a_time(len(weight), hidden.device.type) if chunk is None else chunk
-    return Head(float(scale), softcap, rows), hidden, weight, bias
+    return sum_of_pieces(source, work, name)

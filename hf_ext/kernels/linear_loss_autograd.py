@@ -1,7 +1,7 @@
-"""Gradients of statistics, and of losses of statistics, by functions of autograd.
+"""Gradients of statistics, and of sums that are made a piece of the logits at a time, by functions of autograd.
 
 `Statistics` knows what is given for each statistic only when all of them have been used, and computes the logits
-again. `Loss` is told how the loss uses them, and makes the gradients while it has the logits: one product less.
+again. `SumOfPieces` is told what becomes of them, and makes the gradients while it has the logits: one product less.
 """
 
 # Functions of autograd have no types.
@@ -16,8 +16,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from hf_ext.kernels import configs, language, linear_loss_kernels, linear_loss_torch
-from hf_ext.kernels.linear_loss_pieces import Given, Head, Piece, Wanted
-from hf_ext.kernels.linear_statistics import TokenStatistics, statistics_dtype
+from hf_ext.kernels.linear_loss_pieces import Given, Head, Wanted
+from hf_ext.kernels.linear_statistics import TokenStatistics
 
 
 def takes_kernel(hidden: torch.Tensor) -> bool:
@@ -68,100 +68,43 @@ class Statistics(torch.autograd.Function):
         return *gradients, None, None, None, None, None
 
 
-class Loss(torch.autograd.Function):
-    """The sum of a loss of statistics, with gradients that are made while the logits are there."""
+class SumOfPieces(torch.autograd.Function):
+    """A sum over tokens, with gradients that are made while the logits of a piece are there, and given away once."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden, weight, bias, targets, table, queries, head: Head, wanted: Wanted, apart, loss, enabled
-    ):
-        """Return the sum over all tokens; `enabled` says whether gradients are, which cannot be seen from here."""
-        needed = [enabled and need for need in ctx.needs_input_grad[:3]]
-        dtype = statistics_dtype(hidden.dtype)
-        grad_hidden = torch.zeros_like(hidden) if needed[0] else None
-        grad_weight = weight.new_zeros(weight.shape, dtype=dtype) if needed[1] else None
-        grad_bias = None if bias is None or not needed[2] else bias.new_zeros(bias.shape, dtype=dtype)
-        total = hidden.new_zeros((), dtype=dtype)
-        room = head.room(hidden, weight)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), head.chunk):
-                at = slice(start, min(start + head.chunk, len(hidden)))
-                some = hidden[at]
-                logits = head.logits(some, weight, bias, room)
-                asked = None if queries is None else queries[at]
-                piece = Piece(logits, targets[at], table, asked, wanted, head.softcap, any(needed), apart)
-                value, given = _gradient_of_loss(loss, piece.statistics, at, any(needed))
+    def forward(ctx: Any, source, work, name: str, enabled: bool, *tensors):
+        """Return the sum; `enabled` says whether gradients are, which cannot be seen from here.
+
+        The tensors are those of the source, which autograd has to see.
+        """
+        needed = [enabled and need for need in ctx.needs_input_grad[4:]]
+        gradients, read = source.gradients(needed), source.reader()
+        total = torch.zeros((), dtype=source.dtype, device=source.device)
+        with torch.autocast(source.device.type, enabled=False):
+            for at in source.places():
+                logits = read(at)
+                slope = source.slope(logits) if any(needed) else None
+                value, gradient = work(logits, at, any(needed))
                 total += value
-                if given is None:
-                    continue
-                grad = piece.gradient(given)
-                if head.scale != 1:
-                    grad.mul_(head.scale)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                grad = grad.to(hidden.dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad, weight, out=grad_hidden[at])
-                if grad_weight is not None:
-                    linear_loss_torch.add_product(grad_weight, grad.t(), some)
-        ctx.gradients = (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-        )
+                if gradient is not None:
+                    gradients.add(at, gradient if slope is None else gradient.mul_(slope))
+        ctx.gradients, ctx.name = gradients.taken(), name
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, given):
-        """Return the gradients of hidden, weight and bias."""
+        """Return the gradients of the tensors."""
         if ctx.gradients is None:
             raise RuntimeError(
-                "the gradients of linear_loss were made in its forward pass and are gone after one backward pass: "
+                f"the gradients of {ctx.name} were made in its forward pass and are gone after one backward pass: "
                 "compute the loss again, or use linear_statistics, which keeps what it needs under retain_graph"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(given) for g in gradients), *(None,) * 8
+        return *(None,) * 4, *(None if g is None else g.mul_(given) for g in gradients)
 
 
-class LossOfLogits(torch.autograd.Function):
-    """The sum of a loss of statistics of logits that are there, with the gradient made in one pass over them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits, places, targets, table, wanted: Wanted, apart, rows: int, loss, enabled
-    ):  # fmt: skip
-        """Return the sum over the tokens at `places`, `rows` of them at a time."""
-        needed = enabled and ctx.needs_input_grad[0]
-        dtype = statistics_dtype(logits.dtype)
-        grad = torch.zeros_like(logits, memory_format=torch.contiguous_format) if needed else None
-        total = logits.new_zeros((), dtype=dtype)
-        with torch.autocast(logits.device.type, enabled=False):
-            for start in range(0, len(places), rows):
-                at = slice(start, min(start + rows, len(places)))
-                some = logits[places[at]].to(dtype)  # a copy, which is used up
-                piece = Piece(some, targets[at], table, None, wanted, None, needed, apart)
-                value, given = _gradient_of_loss(loss, piece.statistics, at, needed)
-                total += value
-                if grad is not None and given is not None:
-                    grad[places[at]] = piece.gradient(given).to(grad.dtype)
-        ctx.gradient = grad
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, given):
-        """Return the gradient of the logits."""
-        if ctx.gradient is None:
-            raise RuntimeError(
-                "the gradient of loss_of_logits was made in its forward pass and is gone after one backward pass: "
-                "compute the loss again"
-            )
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(given), *(None,) * 8
-
-
-def _gradient_of_loss(loss: Any, found: TokenStatistics, at: slice, needed: bool):
+def gradient_of_loss(loss: Any, found: TokenStatistics, at: slice, needed: bool):
     """Return the loss of some tokens, and its gradients for their statistics, None if there are none."""
     with torch.set_grad_enabled(needed):
         names = [item.name for item in dataclasses.fields(Given) if getattr(found, item.name) is not None]

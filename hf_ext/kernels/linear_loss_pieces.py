@@ -94,12 +94,11 @@ class Piece:
 
     def __init__(
         self, logits: torch.Tensor, targets: torch.Tensor, table: torch.Tensor | None, queries: torch.Tensor | None,
-        wanted: Wanted, softcap: float | None, for_gradient: bool, apart: int | None = None,
+        wanted: Wanted, for_gradient: bool, apart: int | None = None,
     ) -> None:  # fmt: skip
         entropy, expectation, best = wanted
         self.targets = targets[:, None]
         self.similarity: torch.Tensor | None = None
-        self.slope = slope_of(logits, softcap) if softcap is not None and for_gradient else None
         found: dict[str, torch.Tensor] = {}
         self.apart = apart
         if apart is not None:
@@ -131,15 +130,15 @@ class Piece:
         self.statistics = TokenStatistics(**found)
 
     def gradient(self, given: Given) -> torch.Tensor:
-        """Return the gradient of the logits, in place of the probabilities, as if the scale were 1."""
+        """Return the gradient of the logits, in place of the probabilities."""
         return gradient_of_logits(
-            self.q, self.log_q, self.similarity, self.slope, self.targets, self.statistics, given, None, self.apart
+            self.q, self.log_q, self.similarity, self.targets, self.statistics, given, None, self.apart
         )
 
 
 def gradient_of_logits(
-    q: torch.Tensor, log_q: torch.Tensor, similarity: torch.Tensor | None, slope: torch.Tensor | None,
-    targets: torch.Tensor, found: TokenStatistics, given: Given, inside: torch.Tensor | None, apart: int | None = None,
+    q: torch.Tensor, log_q: torch.Tensor, similarity: torch.Tensor | None, targets: torch.Tensor,
+    found: TokenStatistics, given: Given, inside: torch.Tensor | None, apart: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return the gradient of logits through all statistics, in place of `q`; the other matrices are used up, too.
 
@@ -151,7 +150,6 @@ def gradient_of_logits(
         q: (tokens, part of the vocabulary).
         log_q: the same shape, for the entropy; without that, it may be `q`.
         similarity: the same shape, for the expectation.
-        slope: the same shape, derivative of the soft cap.
         targets: (tokens, 1), counted from the part's first token.
         found: the statistics; `best` counted like the targets, nll not looked at.
         given: gradients of the statistics.
@@ -188,7 +186,7 @@ def gradient_of_logits(
         q.scatter_add_(1, places.reshape(-1, 1), -values[:, None].to(q.dtype))
     if apart is not None:
         q[:, apart] = 0 if given.apart is None else given.apart
-    return q if slope is None else q.mul_(slope)
+    return q
 
 
 def row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -199,6 +197,14 @@ def row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def slope_of(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     """Return the derivative of the soft cap where it gave these logits."""
     return logits.div(softcap).square_().neg_().add_(1)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add `a @ b` in place, in the dtype of the total."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total.add_(a @ b)
 
 
 def similarities(queries: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from hf_ext.kernels.linear_loss_pieces import (
     Head,
     Piece,
     Wanted,
+    add_product,
     gradient_of_logits,
     similarities,
     slope_of,
@@ -59,7 +60,7 @@ def statistics(
         at = slice(start, min(start + head.chunk, count))
         logits = head.logits(hidden[at], weight, bias, room)
         asked = None if queries is None else queries[at]
-        piece = Piece(logits, targets[at], table, asked, wanted, None, False)
+        piece = Piece(logits, targets[at], table, asked, wanted, False)
         lse[at] = piece.lse
         for name, into in vars(found).items():
             if into is not None:
@@ -103,7 +104,9 @@ def gradients(
         inside = (places >= 0) & (places < len(part))
         best = None if found.best is None else places[:, 1]
         local = TokenStatistics(found.nll, found.entropy, found.expectation, best, None)
-        grad = gradient_of_logits(q, log_q, similarity, slope, places[:, :1], local, given, inside)
+        grad = gradient_of_logits(q, log_q, similarity, places[:, :1], local, given, inside)
+        if slope is not None:
+            grad.mul_(slope)
         return grad if head.scale == 1 else grad.mul_(head.scale)
 
     return by_parts(head, hidden, weight, bias, lse.dtype, needed, of_part)
@@ -146,11 +149,3 @@ def by_parts(
         if grad_weight is not None:
             torch.mm(grad.t(), hidden, out=grad_weight[at])
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
-
-
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add `a @ b` in place, in the dtype of the total."""
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)
-    else:
-        total.add_(a @ b)

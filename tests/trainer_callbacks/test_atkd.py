@@ -6,8 +6,10 @@ from typing import ClassVar
 import pytest
 import torch
 from torch.nn import functional
+from transformers import TrainerCallback
 
-from hf_ext.testing.objective import ObjectiveInProcess
+from hf_ext.kernels.linear_logits import GivenLogits, HeadLogits
+from hf_ext.testing.objective import ONE_GRADIENT, ObjectiveInProcess
 from hf_ext.testing.objective_training import (
     arguments,
     collate,
@@ -21,6 +23,7 @@ from hf_ext.trainer_callbacks import ATKD
 from hf_ext.trainer_callbacks import distillation as one_pass
 from hf_ext.trainer_callbacks.atkd import divided_divergence
 from hf_ext.trainer_callbacks.distillation import distillation, odds_of
+from hf_ext.trainer_callbacks.statistics import loss_of_distributions
 
 
 class TestATKD(ObjectiveInProcess):
@@ -92,7 +95,9 @@ def test_one_pass_over_the_logits_gives_the_weighed_parts_and_their_gradient(mon
     draw = torch.Generator().manual_seed(4)
     on_target, on_rest = torch.rand(2, 12, generator=draw, dtype=torch.float64)
     ours, theirs = (student.clone().requires_grad_() for _ in range(2))
-    total, *parts = distillation(ours, teacher, targets, on_target, on_rest, 0.3)
+    everywhere = torch.arange(12)
+    given = GivenLogits(teacher, everywhere)
+    total, *parts = distillation(GivenLogits(ours, everywhere), given, targets, on_target, on_rest, 0.3)
     target, rest, uncertainty = divided_divergence(theirs, teacher, targets)
     expected = (on_target * target + on_rest * rest).sum()
     expected = expected + 0.3 * functional.cross_entropy(theirs, targets, reduction="sum")
@@ -100,19 +105,78 @@ def test_one_pass_over_the_logits_gives_the_weighed_parts_and_their_gradient(mon
     (2 * expected).backward()
     for name, found, wanted in (
         ("sum", total, expected), ("target part", parts[0], target), ("rest part", parts[1], rest),
-        ("gradient", ours.grad, theirs.grad), ("uncertainty", (-odds_of(teacher, targets)).sigmoid(), uncertainty),
+        ("gradient", ours.grad, theirs.grad), ("uncertainty", parts[2], uncertainty),
+        ("first pass", (-odds_of(given, targets)).sigmoid(), uncertainty),
     ):  # fmt: skip
         difference = float((found - wanted).detach().abs().max())
         assert difference < 1e-12, f"{name} is off by {difference:.3g}"
     with torch.no_grad():
-        assert distillation(ours, teacher, targets, on_target, on_rest)[0].grad_fn is None
-    assert odds_of(teacher[:0], targets[:0]).shape == (0,)
+        assert distillation(GivenLogits(ours, everywhere), given, targets, on_target, on_rest)[0].grad_fn is None
+    assert odds_of(GivenLogits(teacher, everywhere[:0]), targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_of_two_heads_it_is_that_of_their_logits(adaptive):
+    """Hidden states, weight and bias of a soft-capped, scaled student get the gradients of the brute-force formula."""
+    draw = torch.Generator().manual_seed(7)
+    options = {"scale": 0.7, "softcap": 3.0, "chunk": 5}
+    inputs = [torch.randn(size, generator=draw) for size in ((12, 6), (29, 6), (29,))]
+    others = [torch.randn(size, generator=draw) for size in ((12, 4), (29, 4))]
+    targets, (on_target, on_rest) = torch.randint(0, 29, (12,), generator=draw), torch.rand(2, 12, generator=draw)
+    ours, theirs = ([tensor.clone().requires_grad_() for tensor in inputs] for _ in range(2))
+    teacher = functional.linear(*others)
+    student = 3 * torch.tanh(0.7 * functional.linear(*theirs) / 3)
+    target, rest, uncertainty = divided_divergence(student, teacher, targets)
+    if not adaptive:
+        on_target, on_rest = torch.full((12,), 0.6), None
+    expected = (
+        on_target * (target + uncertainty * rest) if on_rest is None else on_target * target + on_rest * rest
+    ).sum()
+    expected = expected + 0.3 * functional.cross_entropy(student, targets, reduction="sum")
+    found = distillation(
+        HeadLogits(*ours, **options), HeadLogits(*others, chunk=4), targets, on_target, on_rest, 0.3
+    )  # fmt: skip
+    (2 * found.total).backward()
+    (2 * expected).backward()
+    for name, one, other in (
+        ("sum", found.total, expected), ("target part", found.target, target), ("rest part", found.rest, rest),
+        *((f"gradient {at}", a.grad, b.grad) for at, (a, b) in enumerate(zip(ours, theirs, strict=True))),
+        ("first pass", (-odds_of(HeadLogits(*others, chunk=5), targets)).sigmoid(), uncertainty),
+    ):  # fmt: skip
+        difference = float((one - other).detach().abs().max())
+        assert difference < 1e-5, f"{name} is off by {difference:.3g}"
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_no_logits_are_built_of_either_model_and_the_gradient_is_the_same(adaptive):
+    gradients, shapes = [], []
+    for without in (False, None):
+        model, teacher = tiny_model(), tiny_model(seed=5)
+        before = weights(model)
+        objective = ATKD(teacher=teacher, weight=0.7, adaptive=adaptive, without_logits=without)
+        said = []
+        if without is None:
+
+            class Look(TrainerCallback):
+                def on_step_begin(self, *args, **kwargs):
+                    said.extend(objective.installed())  # noqa: B023
+                    for one in (model, teacher):  # noqa: B023
+                        one.lm_head.register_forward_hook(lambda *given: shapes.append(given[-1].shape[1]))
+
+        train(model, objective, company=[Look()] if without is None else [], **ONE_GRADIENT)
+        gradients.append({name: before[name] - value for name, value in weights(model).items()})
+    difference = largest_difference(*gradients)
+    assert difference < 1e-6, f"gradients differ by up to {difference:.3g}"
+    assert any(line.startswith("teacher: forward hook") for line in said), said
+    assert set(shapes) == {0}, shapes
+    assert not teacher.model._forward_hooks
 
 
 def test_one_pass_stays_finite_where_the_teacher_is_sure():
     teacher = torch.tensor([[80.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
     student = torch.tensor([[0.0, 60.0, -torch.inf], [-90.0, 0.0, 90.0]], requires_grad=True)
-    total, *parts = distillation(student, teacher, torch.tensor([0, 0]), torch.ones(2), torch.ones(2))
+    given = (GivenLogits(logits, torch.arange(2)) for logits in (student, teacher))
+    total, *parts = distillation(*given, torch.tensor([0, 0]), torch.ones(2), torch.ones(2))
     total.backward()
     for value in (total, *parts, student.grad):
         assert torch.isfinite(value).all(), value
@@ -132,7 +196,8 @@ def on_batch(objective, model, rows):
     objective.setup(model, None, arguments("out"))
     logits = model.eval()(**objective.given).logits
     targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    return float(objective.token_loss(logits, targets)[0].detach()), logits, targets
+    total, *_ = loss_of_distributions(objective, None, logits, targets, {})
+    return float(total.detach()), logits, targets
 
 
 @pytest.mark.parametrize("hard", [0.5, 0.3])

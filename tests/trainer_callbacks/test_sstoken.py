@@ -20,6 +20,7 @@ from hf_ext.testing.objective_training import (
 )
 from hf_ext.trainer_callbacks import SSToken
 from hf_ext.trainer_callbacks.sstoken import scaled, top_share
+from hf_ext.trainer_callbacks.statistics import loss_of_statistics
 
 
 class TestSSToken(ObjectiveInProcess):
@@ -73,7 +74,7 @@ def on_batch(objective, model, batch, **setup):
     model.train()
     logits = model(**objective.given).logits
     targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    total, count = objective.token_loss(logits, targets)
+    total, count, _ = loss_of_statistics(objective, None, logits, targets, {})
     objective.remove()
     return total, count, logits, targets
 
