@@ -11,15 +11,9 @@ telling steps first; when the time is up, or where another's way fails, the reco
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,14 +23,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_ext.attention import AttentionStructure
 from hf_ext.attention.blocks import kernel_arguments
-from hf_ext.cli.output import CliError, print_table
+from hf_ext.benchmarks import on_gpu
+from hf_ext.benchmarks.on_gpu import Clock, demand
 from hf_ext.kernels.attention import attention, attention_reference
 from hf_ext.kernels.column_sums import column_sums, column_sums_reference
 from hf_ext.kernels.decode_attention import decode_attention
-from hf_ext.verify.stamp import hardware, versions
-
-#: The largest error of a result, relative to the largest value; both are rounded to bfloat16 within.
-BOUND = 2e-2
 
 
 @dataclass(frozen=True)
@@ -89,22 +80,6 @@ def structures(tokens: int, device: torch.device) -> dict[str, AttentionStructur
     }
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference relative to the largest value."""
-    return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1))
-
-
-def demand(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise unless a result is right.
-
-    Raises:
-        CliError: it is not.
-    """
-    off = error(found, expected)
-    if not off <= BOUND:
-        raise CliError(f"{what} is off by {off:.2e} of its largest value, at most {BOUND} is right: nothing is timed")
-
-
 def check(shape: Shape, tensors: list[torch.Tensor], structure: AttentionStructure, out: torch.Tensor) -> None:
     """Hold the first and the last queries of a group of heads against float64."""
     group, some = shape.heads // shape.key_heads, min(128, shape.tokens)
@@ -114,27 +89,6 @@ def check(shape: Shape, tensors: list[torch.Tensor], structure: AttentionStructu
         part = AttentionStructure(fields, structure.keys, structure.window)
         expected, _ = attention_reference(query[:, :, place], key, value, structure=part)
         demand(f"attention of {shape} at {place}", out[:1, :group, place], expected)
-
-
-class Clock:
-    """Times functions: by the device's events, with its cache emptied before each run."""
-
-    def __init__(self, device: torch.device, runs: int) -> None:
-        self.device = device
-        self.runs = runs
-
-    def __call__(self, function: Callable[[], Any]) -> float:
-        """Return the median of seconds."""
-        if self.device.type == "cuda":
-            import triton.testing
-
-            return float(triton.testing.do_bench(function, warmup=50, rep=10 * self.runs, return_mode="median")) / 1e3
-        times = []
-        for _ in range(self.runs):
-            begin = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
 
 
 def peak(device: torch.device, dtype: torch.dtype, clock: Clock) -> float:
@@ -328,16 +282,13 @@ def measure(
         seconds: after so many nothing new is begun.
         save: gets what there is after every step.
     """
-    begin = time.monotonic()
-    found: dict[str, Any] = {"peak_tflops": peak(device, dtype, clock), "rows": [], "left_out": []}
-    for name, step in steps(device, dtype, clock, found["peak_tflops"], tiny):
-        if time.monotonic() - begin > seconds:
-            found["left_out"].append(name)
-            continue
-        found["rows"] += step()
+    best = peak(device, dtype, clock)
+
+    def saved(found: dict[str, Any]) -> None:
         found["aims"] = aims(found["rows"])
         save(found)
-    return found
+
+    return on_gpu.in_time(steps(device, dtype, clock, best, tiny), {"peak_tflops": best, "aims": []}, seconds, saved)
 
 
 def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -361,48 +312,17 @@ def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def show(found: dict[str, Any]) -> None:
+    """Print the figures and how they stand to the aims."""
+    print(f"a large matrix product reaches {found['peak_tflops']:.0f} TFLOP/s")
+    on_gpu.table(["what", "batch", "tokens", "width", "direction", "way", "ms", "tflops", "share_of_peak", "gb_per_s",
+                  "mib", "failed"], found["rows"])  # fmt: skip
+    on_gpu.table(["what", "tokens", "width", "direction", "beside", "times_as_fast", "aim", "reached"], found["aims"])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print a table and write the record, which has the device's name in its own."""
-    parser = argparse.ArgumentParser(prog="hf-ext bench attention_gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=50, help="about how many runs a figure is the median of")
-    parser.add_argument("--dry-run", action="store_true", help="go through everything on the CPU, without figures")
-    parser.add_argument("--seconds", type=float, default=420, help="after so many nothing new is begun")
-    parser.add_argument("--out", type=Path, help="folder of the record; by default this checkout's results")
-    chosen = parser.parse_args(argv)
-    if chosen.dry_run:
-        found = measure(torch.device("cpu"), torch.float32, Clock(torch.device("cpu"), 1), tiny=True)
-        print(f"{len(found['rows'])} figures would be measured; on the CPU they would say nothing")
-        return
-    if not torch.cuda.is_available():
-        raise CliError("this benchmark needs a GPU; --dry-run goes through it on the CPU")
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
-    folder = chosen.out or Path(__file__).resolve().parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"attention_gpu_{name.replace(' ', '_')}.json"
-
-    def save(found: dict[str, Any]) -> None:
-        record = {
-            "date": datetime.now(UTC).date().isoformat(), "command": "hf-ext bench attention_gpu", "device": name,
-            "hardware": hardware(), "versions": versions(), "dtype": "bfloat16", **found,
-        }  # fmt: skip
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-    found = measure(device, torch.bfloat16, Clock(device, chosen.runs), seconds=chosen.seconds, save=save)
-    save(found)
-    print(f"{name}: a large matrix product reaches {found['peak_tflops']:.0f} TFLOP/s")
-    show(["what", "batch", "tokens", "width", "direction", "way", "ms", "tflops", "share_of_peak", "gb_per_s", "mib",
-          "failed"], found["rows"])  # fmt: skip
-    show(["what", "tokens", "width", "direction", "beside", "times_as_fast", "aim", "reached"], found["aims"])
-    for missing in found["left_out"]:
-        print(f"left out, as the time was up: {missing}")
-    print(f"wrote {path}")
-
-
-def show(columns: list[str], rows: list[dict[str, Any]]) -> None:
-    """Print some columns of rows as a table."""
-    cells = [[row.get(column, "") for column in columns] for row in rows]
-    print_table(columns, [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in line] for line in cells])
+    """Measure, print tables and write the record, which has the device's name in its own."""
+    on_gpu.run("attention_gpu", __doc__ or "", measure, show, argv)
 
 
 if __name__ == "__main__":

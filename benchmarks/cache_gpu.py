@@ -12,26 +12,22 @@ has not been for nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_ext.benchmarks.attention_gpu import Clock, demand
-from hf_ext.cli.output import CliError, print_table
+from hf_ext.benchmarks import on_gpu
+from hf_ext.benchmarks.on_gpu import Clock, demand
 from hf_ext.kernels.compaction import compact, compact_ragged, compact_ragged_reference, compact_reference
 from hf_ext.kernels.decode_attention import decode_attention
 from hf_ext.kernels.merge_entries import merge_entries, merge_entries_reference
 from hf_ext.kernels.packed_attention import packed_attention, packed_attention_reference
 from hf_ext.kernels.packing import dequantise_keys, dequantise_values, quantise_keys, quantise_values
 from hf_ext.kernels.ragged_attention import ragged_attention, ragged_attention_reference
-from hf_ext.verify.stamp import hardware, versions
 
 Ways = dict[str, Callable[[], Any]]
 
@@ -224,9 +220,13 @@ def compare(
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, clock: Clock, tiny: bool = False,
-    tell: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Clock,
+    tiny: bool = False,
+    seconds: float = float("inf"),
+    save: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
     """Return all figures, or raise a CliError at the first wrong result.
 
     Args:
@@ -234,48 +234,28 @@ def measure(
         dtype: of keys and values.
         clock: times functions.
         tiny: whether shapes are tiny, to go through everything.
-        tell: called after each shape with what there is so far.
+        seconds: after so many nothing new is begun.
+        save: gets what there is after every step.
     """
-    found: dict[str, Any] = {"copy_gb_per_s": bandwidth(device, clock), "rows": []}
-    for shape in TINY if tiny else SHAPES:
-        for name in MEASURED:
-            found["rows"] += compare(name, shape, device, dtype, clock, found["copy_gb_per_s"])
-        tell(found)
-    return found
+    copy = bandwidth(device, clock)
+    steps = (
+        (f"{name}, {shape}", partial(compare, name, shape, device, dtype, clock, copy))
+        for shape in (TINY if tiny else SHAPES)
+        for name in MEASURED
+    )
+    return on_gpu.in_time(steps, {"copy_gb_per_s": copy}, seconds, save)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the figures."""
+    print(f"a large copy reaches {found['copy_gb_per_s']:.0f} GB/s")
+    columns = ["what", "rows", "key_heads", "tokens", "width", "way", "ms", "gb_per_s", "share_of_copy"]
+    on_gpu.table(columns, found["rows"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write the record, which has the device's name in its own."""
-    parser = argparse.ArgumentParser(prog="hf-ext bench cache_gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=50, help="about how many runs a figure is the median of")
-    parser.add_argument("--dry-run", action="store_true", help="go through everything on the CPU, without figures")
-    parser.add_argument("--out", type=Path, help="folder of the record; by default this checkout's results")
-    chosen = parser.parse_args(argv)
-    if chosen.dry_run:
-        found = measure(torch.device("cpu"), torch.float32, Clock(torch.device("cpu"), 1), tiny=True)
-        print(f"{len(found['rows'])} figures would be measured; on the CPU they would say nothing")
-        return
-    if not torch.cuda.is_available():
-        raise CliError("this benchmark needs a GPU; --dry-run goes through it on the CPU")
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
-    folder = chosen.out or Path(__file__).resolve().parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"cache_gpu_{name.replace(' ', '_')}.json"
-    stamp = {
-        "date": datetime.now(UTC).date().isoformat(), "command": "hf-ext bench cache_gpu", "device": name,
-        "hardware": hardware(), "versions": versions(), "dtype": "bfloat16",
-    }  # fmt: skip
-
-    def tell(found: dict[str, Any]) -> None:
-        path.write_text(json.dumps({**stamp, **found}, indent=1) + "\n", encoding="utf-8")
-        print(f"{len(found['rows'])} figures in {path}", flush=True)
-
-    found = measure(device, torch.bfloat16, Clock(device, chosen.runs), tell=tell)
-    print(f"{name}: a large copy reaches {found['copy_gb_per_s']:.0f} GB/s")
-    columns = ["what", "rows", "key_heads", "tokens", "width", "way", "ms", "gb_per_s", "share_of_copy"]
-    cells = [[row[column] for column in columns] for row in found["rows"]]
-    print_table(columns, [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in line] for line in cells])
+    on_gpu.run("cache_gpu", __doc__ or "", measure, show, argv)
 
 
 if __name__ == "__main__":
