@@ -2,7 +2,8 @@
 
     hf-ext bench linear_loss --write
 
-Forward and backward of the head and its loss, with gradients for hidden states and weight. The ways take turns, the
+Forward and backward of the head and its loss, with gradients for hidden states and weight; of distillations, with the
+teacher's head. The ways take turns, the
 order changing from round to round; a ratio is the median over rounds of the ratio to the plain way within a round, with
 its 95 % bootstrap interval. Memory is by how much the resident memory of a fresh process grew at most, gradients
 included. Nothing is timed before losses and gradients were found to agree.
@@ -29,12 +30,16 @@ from torch.nn import functional
 from hf_ext.benchmarks import records
 from hf_ext.benchmarks.speculative_measure import peak_memory
 from hf_ext.cli.output import CliError, print_table
+from hf_ext.kernels.linear_logits import GivenLogits, HeadLogits, Logits
 from hf_ext.kernels.linear_loss import TokenStatistics, linear_loss, linear_statistics, statistics_of_logits
 from hf_ext.verify.stamp import hardware, versions
 
 COLUMNS = ("loss", "tokens x vocabulary x width", "way", "ms", "ratio", "95 %", "CPU ratio", "MiB", "of plain")
 #: What is compared, the first one being what a user would write.
 PLAIN, STATISTICS, LOSS, LIGER = "logits", "linear_statistics", "linear_loss", "Liger"
+#: Of distillations: one pass over logits that are there, or over those of both heads.
+GIVEN, HEADS = "distillation of logits", "distillation of heads"
+LOSSES = ("nll", "nll and entropy", "distillation", "ATKD")
 #: From hidden states, weight and targets to a sum.
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -48,11 +53,58 @@ def _with_entropy(found: TokenStatistics, at: slice = slice(None)) -> torch.Tens
     return found.nll.sum() - 0.1 * found.entropy.sum()
 
 
+def _distillations(adaptive: bool) -> dict[str, Way]:
+    """Return what is compared for a distillation; the teacher is the student with half of its logits.
+
+    Args:
+        adaptive: with the weights of ATKD, for which the teacher's uncertainty has to be known first; the plain way
+            then is its formula. Else the divergence of teacher and student, as torch has it.
+    """
+    # a process that only weighs another loss imports no Trainer
+    from hf_ext.trainer_callbacks.atkd import divided_divergence
+    from hf_ext.trainer_callbacks.distillation import distillation, odds_of
+
+    temper = 0.5
+
+    def weights(uncertainty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hard = uncertainty >= uncertainty.median()
+        return torch.where(hard, 1.6, 0.0), torch.where(hard, 1.6, 0.4)
+
+    def taught(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden.detach(), weight.detach()).mul_(temper)
+
+    def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        student, teacher = functional.linear(hidden, weight).float(), taught(hidden, weight).float()
+        if not adaptive:
+            logs = student.log_softmax(-1), teacher.log_softmax(-1)
+            return functional.kl_div(*logs, log_target=True, reduction="sum")
+        target, rest, uncertainty = divided_divergence(student, teacher, targets)
+        on_target, on_rest = weights(uncertainty)
+        return (on_target * target + on_rest * rest).sum()
+
+    def by(student: Logits, teacher: Logits, targets: torch.Tensor) -> torch.Tensor:
+        if not adaptive:
+            return distillation(student, teacher, targets, 1.0, None).total
+        return distillation(student, teacher, targets, *weights((-odds_of(teacher, targets)).sigmoid())).total
+
+    def given(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(len(targets), device=targets.device)
+        student = GivenLogits(functional.linear(hidden, weight), places)
+        return by(student, GivenLogits(taught(hidden, weight), places), targets)
+
+    def heads(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return by(HeadLogits(hidden, weight), HeadLogits(hidden.detach(), weight.detach(), scale=temper), targets)
+
+    return {PLAIN: plain, GIVEN: given, HEADS: heads}
+
+
 def ways(loss: str) -> dict[str, Way]:
-    """Return what is compared for a loss, "nll" or "nll and entropy".
+    """Return what is compared for one of the `LOSSES`.
 
     Liger's kernel runs on a GPU only, and is there if its package is.
     """
+    if loss in ("distillation", "ATKD"):
+        return _distillations(adaptive=loss == "ATKD")
     entropy = loss != "nll"
     of = _with_entropy if entropy else _nll
 
@@ -208,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     try:
         for shape in ((options.tokens, v, w) for v in options.vocabulary for w in options.width):
-            for loss in ("nll", "nll and entropy"):
+            for loss in LOSSES:
                 agree(loss, shape)
                 peaks = {name: memory(loss, name, shape) for name in ways(loss)}
                 for name, found in timed(loss, shape, options.rounds).items():
@@ -258,6 +310,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['device']}; {where}; {record['date']}.",
         "",
         f"```\n{record['command']}\n```",
+        "",
+        "*nll* is cross-entropy, *distillation* the divergence from a teacher, whose head is computed as well, *ATKD*",
+        "the same with weights of target and rest that need the teacher's uncertainty of all tokens first.",
         "",
         f"Head and loss, forward and backward, medians of {record['rounds']} rounds in which all ways take turns.",
         "*Ratio* is the time to that of the plain way, the median of the ratios within a round, with its 95 %",

@@ -18,7 +18,7 @@ def test_a_quick_run_writes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     linear_loss.main(["--quick", "--threads", "1", "--json", str(path)])
     record = json.loads(path.read_text(encoding="utf-8"))
     assert [(row["loss"], row["way"]) for row in record["rows"]] == [
-        (loss, way) for loss in ("nll", "nll and entropy") for way in linear_loss.ways(loss)
+        (loss, way) for loss in linear_loss.LOSSES for way in linear_loss.ways(loss)
     ]
     for row in record["rows"]:
         assert row["interval"][0] <= row["ratio"] <= row["interval"][1]
