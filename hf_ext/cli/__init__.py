@@ -7,6 +7,7 @@ the traceback instead.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     debug = "--debug" in arguments[:end] or os.environ.get("HF_EXT_DEBUG", "") not in ("", "0")
     arguments = [argument for place, argument in enumerate(arguments) if place >= end or argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a model's text may hold what the terminal's encoding has not
+            stream.reconfigure(errors="replace")
     with warnings.catch_warnings():
         if not debug:
             for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):

@@ -12,22 +12,31 @@ import typer
 
 from hf_ext.cli.output import CliError, print_table
 
-#: Arguments that `bench` does not know go to the benchmark.
-PASS_ON = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True}}
+#: Arguments that `bench` does not know go to the benchmark, and so does --help behind its name.
+PASS_ON = {"context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}}
+HELP = ("-h", "--help")
 
 
 def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="A benchmark; without a name they are listed.")] = None,
 ) -> None:
-    """Run a benchmark; what follows its name is passed on to it."""
+    """Run a benchmark; what follows its name is passed on to it, also --help."""
+    if name in HELP:
+        print(context.get_help())
+        return
     found = benchmarks()
     if name is None:
         print_table(["benchmark", "what it measures"], found.items())
         return
     if name not in found:
         raise CliError(f"no benchmark {name!r}; there are {', '.join(found)}")
-    importlib.import_module(f"hf_ext.benchmarks.{name}").main(context.args)
+    try:
+        importlib.import_module(f"hf_ext.benchmarks.{name}").main(context.args)
+    except SystemExit as error:  # of argparse, which has said what is wrong or printed the help, or with a reason
+        if isinstance(error.code, str):
+            raise CliError(error.code) from None
+        raise typer.Exit(error.code or 0) from None
 
 
 def benchmarks() -> dict[str, str]:

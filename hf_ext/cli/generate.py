@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from hf_ext import plugins
-from hf_ext.cli.models import EMBEDDED
 from hf_ext.cli.output import CliError, print_json, print_report, quiet
 
 #: What `generate` of transformers does by itself.
@@ -41,14 +41,15 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output; does not stream.")] = False,
 ) -> None:
     """Continue PROMPT; the text goes to the standard output, the strategy's report to the standard error."""
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if prompt == "-":
+        prompt = sys.stdin.read() if sys.stdin is not None else ""  # there is none where it was closed
     if not prompt:
         raise CliError("the prompt is empty; there is nothing to continue")
     try:
         prompt.encode()
     except UnicodeEncodeError:  # bytes that the terminal's encoding does not know arrive as surrogates
         raise CliError("the prompt is not valid text in the terminal's encoding; give it in UTF-8") from None
-    if temperature is not None and not temperature > 0:
+    if temperature is not None and not 0 < temperature < math.inf:
         raise CliError(f"--temperature {temperature}: expected a number above 0")
     sampling = sample or temperature is not None or strategy == "sample"
     decode = _decoder(strategy, settings or [], sampling)  # before the slow part, so that wrong options fail at once
@@ -113,13 +114,17 @@ def _decoder(name: str, settings: list[str], sampling: bool) -> Any:
 
 
 def _embedded(options: dict[str, Any]) -> dict[str, Any]:
-    """Replace the name of an embedded model or head, where an option takes a model, by its folder."""
+    """Replace the name of an embedded model or head, where an option takes one, by its folder."""
     from hf_ext import demo
+    from hf_ext.cli import models
 
-    models = ("draft_model", "head")
-    known = (*EMBEDDED, *demo.HEADS)
-    named = [name for name in models if options.get(name) in known and not Path(options[name]).is_dir()]
-    return {**options, **{name: demo.path(options[name]) for name in named}}
+    found = dict(options)
+    if isinstance(name := options.get("draft_model"), str):
+        found["draft_model"] = models.find(name, "draft_model")
+    if isinstance(name := options.get("head"), str):
+        embedded = name in demo.HEADS and not Path(name).is_dir()
+        found["head"] = demo.path(name) if embedded else models.find(name, "head")
+    return found
 
 
 def _check_stock_options(name: str, options: dict[str, Any]) -> None:

@@ -58,7 +58,8 @@ def print_warning(
 
 def print_json(value: Any) -> None:
     """Write `value` as JSON on the standard output stream."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(json.dumps(value, indent=1, ensure_ascii=not encoding.lower().startswith("utf"), default=str))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:

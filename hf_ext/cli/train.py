@@ -79,16 +79,16 @@ def train(
             raise CliError(f"{option} {number}: expected a number above 0")
     if not 0 <= evaluation < 1:
         raise CliError(f"--eval {evaluation}: expected a share from 0 up to but not including 1")
-    from hf_ext.cli import train_data, train_run, train_show
+    from hf_ext.cli import models, train_data, train_run, train_show
 
     for name in data:
         train_data.check(name)
+    if models.holds_adapters(Path(model).expanduser()):
+        raise CliError(f"{model} holds adapters, not a model: load it with peft, merge_and_unload, and save that")
     drawing = train_show.can_draw(curves)
     chosen = choose(objective or [], settings or [])
     quiet()
     from transformers import set_seed
-
-    from hf_ext.cli import models
 
     loaded, tokenizer = models.load(model, "cpu", "float32", trust_remote_code)  # the Trainer moves it
     if loaded.config.is_encoder_decoder:

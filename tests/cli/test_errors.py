@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 from typing import Any
 
 import pytest
 
 import hf_ext
+from hf_ext.cli import output
 from hf_ext.cli.output import LONGEST, CliError, one_line
 
 
@@ -71,3 +74,16 @@ def test_foreign_errors_carry_their_type_and_long_ones_are_cut() -> None:
     assert one_line(CliError("a\n  b")) == "a b"
     assert one_line(ZeroDivisionError("division by zero")).startswith("ZeroDivisionError: division by zero (--debug")
     assert len(one_line(CliError("x" * 5000))) <= LONGEST
+
+
+def test_a_terminal_that_knows_no_accents_gets_all_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    output.print_json({"text": "\u00e9"})  # JSON has its own way to write them
+    assert hf_ext.cli.main(["list", "--kind", "model"]) == 0
+    out.flush()
+    text = out.buffer.getvalue().decode("ascii")
+    assert json.loads(text.partition("}")[0] + "}") == {"text": "\u00e9"}
+    assert "swan-gpt" in text
+    print("\u00e9", end="")
+    out.flush()
+    assert out.buffer.getvalue().endswith(b"?")

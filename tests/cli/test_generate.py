@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_ext.testing.local_hub import LocalHub
+
 PROMPT = "def f(x):"
 
 
@@ -127,9 +129,11 @@ def test_embedded_drafts_and_heads_go_by_their_names(cli: Any) -> None:
         (["--set", "return_dict_in_generate=true", "x"], "greedy has no option 'return_dict_in_generate'"),
         (
             ["--strategy", "speculative-decoding", "--set", "draft_model=./none", "x"],
-            "cannot load the draft model './none'",
+            "no such folder: './none'",
         ),
+        (["--strategy", "kangaroo", "--set", "head=", "x"], "head is empty; it takes a folder"),
         (["--temperature", "0", "x"], "--temperature 0.0: expected a number above 0"),
+        (["--temperature", "inf", "x"], "--temperature inf: expected a number above 0"),
         (["--dtype", "int8", "x"], "--dtype int8: expected one of auto, float32, bfloat16, float16"),
         (["--device", "warp", "x"], "--device warp: "),
         (["x" * 64], "the prompt has 64 tokens and the context of"),
@@ -218,3 +222,38 @@ def test_a_folder_that_is_not_there_and_a_file_are_named(cli: Any, tmp_path: Pat
     assert cli("generate", "--model", tmp_path / "none", "x").err == f"error: no such folder: '{tmp_path / 'none'}'\n"
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "is a file; --model takes a folder" in cli("generate", "--model", tmp_path / "file", "x").err
+
+
+def test_a_repository_that_cannot_be_had_is_one_line_at_once(
+    cli: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+
+    def ask(endpoint: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    with LocalHub() as hub:
+        ask(hub.endpoint)
+        HfApi(endpoint=hub.endpoint, token=hub.token).create_repo("user/empty")
+        errors = {
+            "user/none": f"user/none is neither a folder here nor a repository at {hub.endpoint}; a private one needs",
+            "user/empty": f"{hub.endpoint}/user/empty is no model: it holds no config.json",
+            "a b": "no such folder, and no name of a repository: 'a b'",
+        }
+        for name, message in errors.items():
+            run = cli("generate", "--model", name, "x")
+            assert (run.status, run.err.count("\n")) == (1, 1), run.err
+            assert run.err.startswith(f"error: {message}")
+    ask("http://127.0.0.1:1")  # where nobody answers
+    drafts = "--strategy", "speculative-decoding", "--set", "draft_model=user/none"
+    for arguments in (("--model", "user/none"), ("--model", model_folder, *drafts)):
+        run = cli("generate", *arguments, "x")
+        assert run.err.startswith(
+            "error: user/none is neither a folder here nor in the local cache, and http://127.0.0.1:1 "
+        )
+        assert run.err.count("\n") == 1, run.err

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_ext import plugins
-from hf_ext.cli import train, train_data, train_run, train_show
+from hf_ext.cli import models, train, train_data, train_run, train_show
 from hf_ext.cli.output import CliError
 from hf_ext.plugins import Plugin
 
@@ -150,6 +150,14 @@ def test_adapters_train_and_are_saved_alone(cli: Any, model_folder: Path, text: 
     assert not (out / "model.safetensors").exists()
     assert "next-token loss, evaluation" in run.out
     assert "step 2/2: loss" in run.err
+    loaded, _ = models.load(str(out), "cpu", "float32", trust_remote_code=False)  # for `hf-ext generate`
+    added = [weight for name, weight in loaded.named_parameters() if "lora_B" in name]
+    assert added
+    assert all(weight.abs().max() > 0 for weight in added), "the trained adapters are not in the model that was loaded"
+    again = cli(*common(out, text, tmp_path / "more"))
+    assert (
+        again.err == f"error: {out} holds adapters, not a model: load it with peft, merge_and_unload, and save that\n"
+    )
 
 
 def test_completions_are_trained_on_and_prompts_are_not(tmp_path: Path, model_folder: Path) -> None:

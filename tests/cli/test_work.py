@@ -103,9 +103,18 @@ def test_bench_lists_and_runs_the_benchmarks(cli: Any, monkeypatch: pytest.Monke
     assert "import_time" in cli("bench").out
     assert cli("bench", "import_time", "--runs", 3).status == 0
     assert seen == [["--runs", "3"]]
+    assert "passed on to it, also --help" in cli("bench", "--help").out
+    cli("bench", "import_time", "--help")
+    assert seen[1:] == [["--help"]]
     run = cli("bench", "import_tim")
     assert run.status == 1
     assert run.err.startswith("error: no benchmark 'import_tim'; there are ")
+
+
+def test_a_benchmark_that_stops_gives_its_status(cli: Any) -> None:
+    run = cli("bench", "import_time", "--runs", "many")
+    assert run.status == 2
+    assert run.err.endswith("import_time: error: argument --runs: invalid int value: 'many'\n")
 
 
 def test_demo_prints_its_figures_as_json(cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
