@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_ext import adapter
+from hf_ext.attention import mode
 from hf_ext.attention.mode import HAS_TRITON, runs_kernels
 
 if TYPE_CHECKING:  # registered whenever transformers has models: the rest is imported when it is needed
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # registered whenever transformers has models: the rest is im
 
 #: Where a packed structure keeps its dense form.
 DENSE = "hf_ext_dense"
+#: Where a mask of bool keeps its additive form, and the version of itself that this belongs to.
+ADDED = "hf_ext_added"
 #: The attribute of a model's modules that holds the statistics being collected.
 STATISTICS = "_hf_ext_statistics"
 
@@ -117,6 +120,7 @@ def attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     output_attentions: bool = False,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend; the attention function of `"hf_ext"`, with transformers' arguments.
@@ -133,6 +137,7 @@ def attention(
         softcap: scores are capped softly there.
         s_aux: `(heads,)` scores of the attention sinks.
         output_attentions: whether to return the weights, which takes the whole matrix.
+        sinks: of every query, which are refused.
         **kwargs: what else the model passes, such as `position_bias`.
 
     Returns:
@@ -141,7 +146,21 @@ def attention(
     Raises:
         ValueError: a structure of another size, or a combination that cannot be honoured.
     """
-    if kwargs.get("sinks") is not None:
+    by_sdpa = softcap is None and s_aux is None and sinks is None
+    if (
+        by_sdpa
+        and not output_attentions
+        and not query.is_cuda
+        and mode._mode == "auto"
+        and STATISTICS not in module.__dict__
+        and getattr(key, CACHE_LAYER, None) is None
+    ):  # nothing to do for us: every layer comes here in every step, so this calls as little as it can
+        if attention_mask is None and _forward is not None:
+            return _forward(
+                module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            )
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    if sinks is not None:
         raise ValueError(
             f"{type(module).__name__} has sinks of every query; attn_implementation='hf_ext' has them of every head "
             "(s_aux). Use 'eager'"
@@ -156,8 +175,7 @@ def attention(
         _check_untouched(module, attention_mask)
     if query.is_cuda and not HAS_TRITON:
         _say_once("triton, which the kernels need, is not installed (pip install 'hf_ext[kernels]')")
-    by_sdpa = softcap is None and s_aux is None
-    if by_sdpa and not on_gpu and statistics is None and not output_attentions:  # nothing to do for us
+    if by_sdpa and not on_gpu and statistics is None and not output_attentions:
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     causal = _causal(module, query, attention_mask, is_causal)
     reason = _beyond_kernels(query, value, attention_mask, dropout, kwargs) if on_gpu else None
@@ -274,8 +292,11 @@ def _sdpa(
     others: dict[str, Any],
 ) -> tuple[torch.Tensor, None]:
     """Attend as `"sdpa"` does."""
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
-        attention_mask = _dense(attention_mask, query, key)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.int32:
+            attention_mask = _dense(attention_mask, query, key)
+        if attention_mask.dtype == torch.bool and query.is_cpu:
+            attention_mask = _added(attention_mask, query.dtype, others)
     if _forward is None:
         prepare()
     assert _forward is not None
@@ -367,6 +388,17 @@ def _dense(packed: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
         dense = unpack(packed, query.shape[2], key.shape[2]).dense()
         setattr(packed, DENSE, dense)
     return dense
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype, others: dict[str, Any]) -> torch.Tensor:
+    """Return a mask of bool as SDPA adds it, which SDPA works out anew in every layer; here all layers share it."""
+    if torch.compiler.is_compiling() or mask.is_inference() or others.get("position_bias") is not None:
+        return mask
+    version, added = getattr(mask, ADDED, (None, None))
+    if added is None or version != mask._version or added.dtype != dtype:  # a caller may have changed the mask since
+        added = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        setattr(mask, ADDED, (mask._version, added))
+    return added
 
 
 def _beyond_kernels(

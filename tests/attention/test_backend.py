@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_ext import adapter
-from hf_ext.attention import AttentionStructure, backend, masks_for, pack
+from hf_ext.attention import AttentionStructure, backend, kernels, masks_for, pack
 from hf_ext.testing import tiny_models
 
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "opt", "gpt_oss")
@@ -194,7 +194,7 @@ def test_a_model_that_runs_attention_of_its_own_is_refused(tmp_path: Path) -> No
         model(IDS)
 
 
-def test_a_model_that_computes_with_its_mask_is_refused_a_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_computes_with_its_mask_is_refused_a_structure() -> None:
     """Where the kernels run a mask may be a packed structure; a model that adds to it would attend to nonsense."""
     import transformers as tf
 
@@ -204,9 +204,36 @@ def test_a_model_that_computes_with_its_mask_is_refused_a_structure(monkeypatch:
     )  # fmt: skip
     model = tf.DogeForCausalLM(config)
     model.set_attn_implementation("hf_ext")
-    monkeypatch.setattr(backend, "runs_kernels", lambda device: True)
-    with pytest.raises(ValueError, match="computes with its mask before it attends"):
+    with kernels("always"), pytest.raises(ValueError, match="computes with its mask before it attends"):
         model(IDS, attention_mask=MASK)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_is_changed_in_place_is_read_anew(guard: Callable[[], Any], shared: Build) -> None:
+    """What SDPA makes of a mask is kept for the layers that share it, and no longer."""
+    model = shared("llama")
+    with guard():
+        mask = torch.ones(len(IDS), 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).tril()
+        before = logits(model, "hf_ext", input_ids=IDS, attention_mask=mask)
+        mask[..., 2:, 1] = False
+        after = logits(model, "hf_ext", input_ids=IDS, attention_mask=mask)
+        assert torch.equal(after, logits(model, "sdpa", input_ids=IDS, attention_mask=mask.clone()))
+        assert float((after - before).abs().max()) > 1e-3, "the mask that was changed says the same"
+
+
+def test_layers_share_what_sdpa_adds_of_a_mask(shared: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[torch.Tensor] = []
+    forward = adapter.sdpa_function()
+
+    def note(module: Any, query: Any, key: Any, value: Any, mask: torch.Tensor, **kwargs: Any) -> Any:
+        added.append(mask)
+        return forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(backend, "_forward", note)
+    logits(shared("llama"), "hf_ext", input_ids=IDS, attention_mask=MASK)
+    assert len(added) == 2
+    assert added[0] is added[1]
+    assert added[0].dtype == torch.float32, "SDPA turns a mask of bool into numbers in every layer"
 
 
 def test_a_structure_of_another_size_is_refused(shared: Build) -> None:
