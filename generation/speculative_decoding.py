@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_ext.generation.run import DecodingRun
@@ -10,7 +10,9 @@ from hf_ext.generation.speculative.acceptance import single_draft
 from hf_ext.generation.speculative.draft_model import ChainDrafter
 from hf_ext.generation.speculative.drafter import Drafter
 from hf_ext.generation.speculative.engine import Speculative
+from hf_ext.generation.speculative.text_drafter import TextDrafter
 from hf_ext.generation.speculative.verifier import Rule
+from hf_ext.generation.speculative.vocabulary import same_ids
 from hf_ext.generation.strategy import share
 
 
@@ -23,14 +25,22 @@ class SpeculativeDecoding(Speculative):
     the first that is not is replaced by one from the law max(0, p - q), normalised. The text has
     exactly the target's law. With `do_sample=False` tokens are kept as long as they are the likeliest.
 
+    A draft model with another tokenizer drafts through the text: it reads what the target's tokens say and
+    goes on with its likeliest ones, and what they say is tokenised for the target. Such drafts have no law; the
+    target accepts them with the probability that it gives them itself, which is as exact and accepts less.
+
     Args:
-        draft_model: a causal language model with the target's vocabulary, much cheaper than the target.
-        draft_tokens: tokens drafted a step; 0 decodes without drafts.
+        draft_model: a causal language model, much cheaper than the target.
+        draft_tokens: tokens of the draft model drafted a step; 0 decodes without drafts.
         confidence: draft no further where the draft model's likeliest token has a probability below
             this, from 0 (never stop) to 1.
+        tokenizer: the target's tokenizer; that given to `Strategy.generate` by default. Needed only with:
+        draft_tokenizer: the draft model's, where it is or may be another; `assistant_tokenizer` of
+            `Strategy.generate` by default. None says that the draft model has the target's.
 
     Raises:
-        ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
+        ValueError: the draft model has another vocabulary and no tokenizers say how to read it, or a model cannot
+            forget rejected tokens.
 
     Source:
         Fast Inference from Transformers via Speculative Decoding (arXiv:2211.17192), algorithm 1.
@@ -53,6 +63,8 @@ class SpeculativeDecoding(Speculative):
     draft_model: Any
     draft_tokens: int = 5
     confidence: float = 0.0
+    tokenizer: Any = field(default=None, repr=False)
+    draft_tokenizer: Any = field(default=None, repr=False)
 
     def check_options(self) -> None:
         """Raise ValueError for a draft that cannot be."""
@@ -60,7 +72,19 @@ class SpeculativeDecoding(Speculative):
         share("confidence", self.confidence)
 
     def drafter(self, run: DecodingRun) -> Drafter:
-        """Return the draft model, drafting chains."""
+        """Return the draft model, drafting chains of the target's tokens or of its own."""
+        if self.tokenizer is not None:
+            run.tokenizer = self.tokenizer
+        if self.draft_tokenizer is not None:
+            run.draft_tokenizer = self.draft_tokenizer
+        if run.draft_tokenizer is not None:
+            if run.tokenizer is None:
+                raise ValueError(
+                    "draft_tokenizer is to be compared with the target's tokenizer; pass tokenizer= as well"
+                )
+            if not same_ids(run.tokenizer, run.draft_tokenizer):
+                tokenizers = (run.tokenizer, run.draft_tokenizer)
+                return TextDrafter(self.draft_model, self.draft_tokens, self.confidence, tokenizers)
         return ChainDrafter(self.draft_model, self.draft_tokens, self.confidence)
 
 
