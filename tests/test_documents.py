@@ -86,8 +86,31 @@ def test_worked_example_of_contributing_is_a_working_plugin(tmp_path: Path) -> N
     assert "MostTypical: 4 tokens" in shown.stderr
 
 
-#: Pages whose code runs, and how many blocks of it each holds.
-PAGES = {"speculative-decoding": 2, "cache": 2, "objectives": 3}
+#: Pages whose code runs here (that of others runs in the tests of what they describe), and how many blocks each holds.
+PAGES = {
+    "speculative-decoding": 2,
+    "cache": 2,
+    "objectives": 3,
+    "attention-methods": 1,
+    "cache-quantisation": 2,
+    "denoising": 3,
+    "gfn-lm": 1,
+    "gradients-and-steps": 2,
+    "sequencematch": 1,
+    "structured-prompts": 2,
+    "token-losses": 4,
+}
+#: What else is to be seen where the code of a page has run to its end.
+PRINTED = {
+    "attention-methods": "{0: ",
+    "cache-quantisation": "layer",
+    "denoising": "train_loss",
+    "gfn-lm": "def f0(x):",
+    "gradients-and-steps": "train_loss",
+    "sequencematch": "def area(r):",
+    "structured-prompts": "# uses: ",
+    "token-losses": "ua-clm {",
+}
 
 RUN_PAGES = """
 import contextlib, runpy, sys
@@ -120,3 +143,27 @@ def test_code_of_the_page_on_caches_runs(printed: dict[str, str]) -> None:
 
 def test_code_of_the_page_on_objectives_runs(printed: dict[str, str]) -> None:
     assert printed["objectives"].count("clean_loss") == 6  # three trainers print two steps each
+
+
+@pytest.mark.parametrize("page", PRINTED)
+def test_code_of_other_pages_runs(page: str, printed: dict[str, str]) -> None:
+    assert PRINTED[page] in printed[page]
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md")]
+    broken = []
+    for page in [*pages, *ROOT.glob("benchmarks/results/*.md")]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.name}: {link}")
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that its headings have in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
