@@ -14,6 +14,7 @@ from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.packed import is_packed, pack, unpack
 from hf_ext.attention.structure import NEVER, AttentionStructure, Tokens
 from hf_ext.cache.stores.dense import DenseStore
+from hf_ext.cache.stores.packed import PackedStore
 
 if TYPE_CHECKING:
     from hf_ext.cache.layer import CompressedLayer, Pass
@@ -304,21 +305,33 @@ def _is_causal(given: Given, count: int) -> bool:
     return sorted_left and bool(((mask == wanted) | ~rows).all())
 
 
-def seen(layer: CompressedLayer, passes: Sequence[Pass]) -> Seen:
+def counted(layer: CompressedLayer, passes: Sequence[Pass]) -> Tensor:
+    """Return how much attention the passes paid to each entry that the policy may still drop.
+
+    Args:
+        layer: with the tokens of the passes stored.
+        passes: since the last time, oldest first.
+
+    Returns:
+        `(rows, key heads, n)` float32.
+    """
+    sums = passes[-1].column_sums if len(passes) == 1 else None
+    if sums is None:
+        sums = _column_sums(layer, passes)
+    # Packed entries are no matter of the policy's.
+    return sums[..., sums.shape[-1] - len(layer.store.recent) :] if isinstance(layer.store, PackedStore) else sums
+
+
+def seen(layer: CompressedLayer, passes: Sequence[Pass], sums: Tensor | None) -> Seen:
     """Return what the passes tell the policy.
 
     Args:
         layer: with the tokens of the passes stored.
         passes: since the last time, oldest first.
+        sums: what `counted` returned, if the policy wants it.
     """
     policy = layer.policy
     last = passes[-1]
-    sums = last.column_sums if len(passes) == 1 else None
-    if policy.column_sums and sums is None and layer.drops():
-        sums = _column_sums(layer, passes)
-    if sums is not None:
-        # Packed entries are no matter of the policy's.
-        sums = sums[..., sums.shape[-1] - len(getattr(layer.store, "recent", layer.store)) :]
     queries = real = columns = None
     if policy.queries:
         parts = [step.queries for step in passes if step.queries is not None]

@@ -377,13 +377,16 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         Returns:
             `(rows, q, heads, width)`, and the weights over what is held if `attend` returns some.
         """
-        from hf_ext.cache import attending, attending_packed
+        from hf_ext.cache import attending
+
+        if isinstance(self.store, PackedStore):
+            from hf_ext.cache import attending_packed
 
         assert self._new is not None
         (keys, values), self._new = self._new, None
         policy, count, before = self.policy, query.shape[2], self.seen
         given = attending.Given.of(mask, before, query)
-        held = len(self.store)
+        held = 0 if isinstance(self.store, RaggedStore) else len(self.store)
         self._store(keys, values, given.real, policy.arriving(keys, module) if policy.gated else {})
         step = Pass(count, scale=query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, module=module)
         step.sinks = sinks
@@ -465,6 +468,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         if prefill:
             self.prefilled = self.seen
         due = policy.when == "both" or policy.when == ("prefill" if prefill else "decode")
+        due = due and (policy.gated or self.drops())
         if not due and not policy.column_sums:
             if prefill:
                 self.store.settle()
@@ -472,15 +476,16 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         from hf_ext.cache import attending
 
         counts = policy.column_sums and self.drops()
-        seen = attending.seen(self, passes) if policy.queries or counts else None
-        if seen is not None and counts:
+        sums = attending.counted(self, passes) if counts else None
+        seen = attending.seen(self, passes, sums) if policy.queries else None
+        if sums is not None:
             open_ = self.store.recent if isinstance(self.store, PackedStore) else self.store
             if policy.adds and isinstance(open_, DenseStore):
-                assert seen.column_sums is not None
-                open_.add(policy.adds, seen.column_sums)
+                open_.add(policy.adds, sums)
             else:
+                seen = attending.seen(self, passes, sums) if seen is None else seen
                 self.store.note(policy.observe(self.open_entries(), seen))
-        keep = self.allowance()
+        keep = self.allowance() if due else []
         allowed = keep if prefill else [count + policy.slack(count) for count in keep]
         if due and (policy.gated or self.store.surplus(allowed)):
             if not self.cache.by_backend():
@@ -488,7 +493,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             if isinstance(self.store, PackedStore):
                 keep = self.store.left(keep)
             entries = self.open_entries()
-            seen = self.cache.seen_of(self, module=passes[-1].module) if seen is None else seen
+            seen = attending.seen(self, passes, sums) if seen is None else seen
             outcome = policy.compress(entries, seen, torch.tensor(keep, device=entries.keys.device))
             if isinstance(outcome, Selection):
                 self.store.keep(outcome.index, entries)

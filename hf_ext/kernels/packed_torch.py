@@ -5,11 +5,13 @@
 
 So it is the few queries and weights that are scaled, rather than all keys and values, and codes become floating numbers
 and nothing else. They stay plane by plane, as the bytes hold them: converting is quick where numbers lie side by side.
-Only a block of tokens is unpacked at a time.
+A plane is what is left of the bytes under a mask, not shifted: its codes times a power of two, which the product takes
+back. Only a block of tokens is unpacked at a time, into one and the same room.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -43,19 +45,30 @@ def packed_scores(
     tokens, groups = codes.shape[2], scale.shape[2]
     if not tokens:
         return
-    group, planes = tokens // groups, 8 // bits
-    step = max(LARGEST // (rows * key_heads * group * width), 1)
-    for first in range(0, groups, step):
-        last = min(first + step, groups)
-        some, at = slice(first, last), slice(first * group, last * group)
-        numbers = _planes(codes[:, :, at], bits, query.dtype).view(planes, -1, group, width // planes)
-        scaled = (query[:, :, None] * scale[:, :, some, None].to(query.dtype)).view(-1, lines, planes, width // planes)
-        found = (query @ zero[:, :, some].to(query.dtype).mT).transpose(2, 3).reshape(-1, lines, 1)
-        found = found.expand(-1, -1, group)
-        for plane in range(planes):
-            found = torch.baddbmm(found, scaled[:, :, plane], numbers[plane].mT)
-        there = out[..., at].unflatten(3, (last - first, group))
-        there.copy_(found.view(rows, key_heads, last - first, lines, group).transpose(2, 3))
+    heads, group, planes = rows * key_heads, tokens // groups, 8 // bits
+    part = width // planes
+    scale, zero = (found.to(query.dtype).view(heads, groups, 1, width) for found in (scale, zero))
+    query = query.reshape(heads, 1, lines, width)
+    scaled = query * scale
+    least = (query[:, 0] @ zero[:, :, 0].mT).mT[..., None].expand(-1, -1, -1, group)
+    codes = codes.reshape(heads, groups, group, part)
+    out = out.view(heads, lines, groups, group).transpose(1, 2)
+    # Blocks are some heads with all of their tokens, or some tokens of one head: they lie side by side.
+    many = max(LARGEST // (tokens * part), 1)
+    step = groups if tokens * part <= LARGEST else max(LARGEST // (group * part), 1)
+    room = query.new_empty(min(many, heads), min(step, groups), group, part)
+    for head in range(0, heads, many):
+        for first in range(0, groups, step):
+            some = [codes, least, scaled, out]
+            if len(room) < heads or step < groups:
+                some = [whole[head : head + many, first : first + step] for whole in some]
+            of, start, by, there = some
+            found = start.flatten(0, 1)
+            for plane in range(planes):
+                numbers = _numbers(of, plane, bits, room).flatten(0, 1)
+                own = by[..., plane * part : (plane + 1) * part].flatten(0, 1)
+                found = torch.baddbmm(found, own, numbers.mT, alpha=0.5 ** (plane * bits))
+            there.copy_(found.view(there.shape))
 
 
 def packed_sums(
@@ -77,40 +90,44 @@ def packed_sums(
         tensor([1.0000, 2.2500])
     """
     rows, key_heads, lines, tokens = weights.shape
-    planes, groups = 8 // bits, scale.shape[3]
-    width = codes.shape[3] * planes
-    part, group = width // planes, width // groups
-    # All channels of a run lie in one plane and in one group.
-    run = math.gcd(part, group)
-    of_runs = scale.to(weights.dtype)
-    if run < group:
-        of_runs = of_runs.repeat_interleave(group // run, dim=3)
-    whole = run == part
-    if whole:  # to multiply numbers that do not lie side by side is slow
-        of_runs = of_runs.mT.contiguous().mT
-    of_runs = of_runs.unflatten(3, (planes, -1)).permute(3, 0, 1, 2, 4)  # (planes, rows, key heads, tokens, runs)
-    total = weights.new_zeros(planes, rows * key_heads, lines, part) if not tokens else None
-    step = max(LARGEST // (rows * key_heads * width), 1)
+    heads, planes, groups = rows * key_heads, 8 // bits, scale.shape[3]
+    part = codes.shape[3]
+    width = part * planes
+    group = width // groups
+    run = math.gcd(part, group)  # so many channels lie in one plane and in one group
+    # To multiply numbers that do not lie side by side is slow.
+    scale = scale.to(weights.dtype).mT.contiguous()
+    least = (weights @ zero.to(weights.dtype)).flatten(0, 1)
+    sums = [least[..., first // group, None].expand(-1, -1, run) for first in range(0, width, run)]
+    by_group = (weights[:, :, None] * scale[:, :, :, None]).flatten(0, 1)
+    codes = codes.reshape(heads, tokens, part)
+    step = max(LARGEST // (heads * part), 1)
+    room = weights.new_empty(heads, min(step, tokens), part)
     for first in range(0, tokens, step):
         at = slice(first, first + step)
-        numbers, own = _planes(codes[:, :, at], bits, weights.dtype), weights[..., at]
-        if whole:
-            room = own.new_empty(planes, *own.shape)
-            by_plane = torch.mul(own, of_runs[:, :, :, at].mT, out=room)
-        else:
-            numbers.unflatten(4, (-1, run)).mul_(of_runs[:, :, :, at, :, None])
-            by_plane = own.expand(planes, -1, -1, -1, -1)
-        found = by_plane.reshape(-1, lines, own.shape[3]) @ numbers.flatten(0, 2)
-        total = found if total is None else total.add_(found)
-    assert total is not None
-    out = total.view(planes, rows, key_heads, lines, part).permute(1, 2, 3, 0, 4).reshape(rows, key_heads, lines, width)
-    out.unflatten(3, (groups, group)).add_((weights @ zero.to(weights.dtype))[..., None])
-    return out
+        for plane in range(planes):
+            numbers = _numbers(codes[:, at], plane, bits, room)
+            for place in range(plane * part // run, (plane + 1) * part // run):
+                by, of = by_group[:, place * run // group, :, at], numbers[..., place * run % part :][..., :run]
+                sums[place] = torch.baddbmm(sums[place], by, of, alpha=0.5 ** (plane * bits))
+    return torch.cat(sums, dim=2).view(rows, key_heads, lines, width)
 
 
-def _planes(packed: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return codes as floating numbers, `(planes, rows, key heads, tokens, bytes)`: a place of the bytes is a plane."""
-    if bits == 8:
-        return packed[None].to(dtype)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, 1, 1, 1, 1)
-    return ((packed >> shifts) & (2**bits - 1)).to(dtype)
+def _numbers(codes: torch.Tensor, plane: int, bits: int, room: torch.Tensor) -> torch.Tensor:
+    """Return one code of every byte as a floating number, times `2 ** (plane * bits)`.
+
+    Args:
+        codes: uint8 `(heads, n, ...)`.
+        plane: the place of the codes in their bytes.
+        bits: of a code.
+        room: of the same shape or larger in the first two axes, written to.
+    """
+    if room.shape != codes.shape:
+        room = room[: codes.shape[0], : codes.shape[1]]
+    return room.copy_(codes if bits == 8 else codes & _mask(plane, bits, codes.device))
+
+
+@functools.cache
+def _mask(plane: int, bits: int, device: torch.device) -> torch.Tensor:
+    """Return the bits of a byte that a code takes; a number of Python would be made a tensor and cast every time."""
+    return torch.tensor(2**bits - 1 << plane * bits, dtype=torch.uint8, device=device)

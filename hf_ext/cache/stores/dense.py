@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.cache.entries import NOTHING, Entries
-from hf_ext.cache.stores.steps import columns_of, joined, last_of, steps_after, steps_of
+from hf_ext.cache.stores.steps import columns_of, fits, joined, last_of, steps_after, steps_of
 
 #: The room is so small a part of what is held, and no more than so many entries. There is none for less than one part:
 #: a short cache is copied as quickly as it is written to.
@@ -28,12 +28,13 @@ class DenseStore:
 
     Args:
         fields: names of the fields that entries carry.
+        part: the room is the part of what is held that this is the denominator of.
     """
 
     ragged = False
 
-    def __init__(self, fields: tuple[str, ...] = ()) -> None:
-        self.field_names = fields
+    def __init__(self, fields: tuple[str, ...] = (), part: int = PART) -> None:
+        self.field_names, self.part = fields, part
         self.length = 0
         #: Of each row, how many entries stand for nothing, so that attention needs a mask; empty if there are none.
         self.holes: list[int] = []
@@ -71,35 +72,40 @@ class DenseStore:
         if real is not None:
             none = (~real).sum(1).tolist()
             self.holes = [a + b for a, b in zip(self.holes or [0] * rows, none, strict=True)]
-        new = {"keys": keys, "values": values, "steps": self._steps_of_new(start, count, rows, real, keys.device)}
-        fields = fields or {}
-        new |= {
-            name: fields[name] if name in fields else keys.new_zeros(rows, heads, count, dtype=torch.float32)
-            for name in self.field_names
-        }
-        if not self.buffers:
-            self.buffers = dict(new)
-            self.length = count
-            return
-        room = self.buffers["keys"].shape[2] - self.length
-        tracked = keys.requires_grad or self.buffers["keys"].requires_grad
-        steps = self.buffers["steps"]
-        if new["steps"].shape[1] > steps.shape[1] or new["steps"].itemsize > steps.itemsize:
-            self.buffers["steps"] = steps = joined(steps, new["steps"][:, :, :0])
-        if tracked or room < count:
-            self._grow(new, 0 if tracked else min((self.length + count) // PART, MOST_ROOM))
-        else:
-            for name, tensor in new.items():
-                self.buffers[name][:, :, self.length : self.length + count] = tensor
-        self.length += count
-
-    def _steps_of_new(self, start: int, count: int, rows: int, real: Tensor | None, device: torch.device) -> Tensor:
-        last: Tensor | int = NOTHING
-        if self.buffers:
-            last = self._last_column() if self._last is None else self._last
+        held = self.buffers.get("keys")
+        last = NOTHING if held is None else self._last_column() if self._last is None else self._last
         # The newest token is the last one of every head, unless it is padding.
         self._last = start + count - 1 if real is None else None
-        return steps_after(last, start, count, rows, real, device)
+        new: dict[str, Any] = {"keys": keys, "values": values, **(fields or {})}
+        tracked = held is not None and (keys.requires_grad or held.requires_grad)
+        room = 0 if held is None or tracked else held.shape[2] - self.length
+        one = room >= count == 1 and real is None
+        if one and isinstance(last, int) and fits(start - last, self.buffers["steps"]):
+            new["steps"] = start - last
+        else:
+            new["steps"] = steps_after(last, start, count, rows, real, keys.device)
+        if room < count:
+            for name in self.field_names:
+                new.setdefault(name, keys.new_zeros(rows, heads, count, dtype=torch.float32))
+            if held is None:
+                self.buffers = new
+            else:
+                self._grow(new, 0 if tracked else min((self.length + count) // self.part, MOST_ROOM))
+        else:
+            self._write(new, count)
+        self.length += count
+
+    def _write(self, new: Mapping[str, Any], count: int) -> None:
+        """Write new entries into the room: tensors, or one number for all; fields that are not given begin with 0."""
+        steps, more = self.buffers["steps"], new["steps"]
+        if isinstance(more, Tensor) and (more.shape[1] > steps.shape[1] or more.itemsize > steps.itemsize):
+            self.buffers["steps"] = joined(steps, more[:, :, :0])
+        for name, buffer in self.buffers.items():
+            place, found = buffer.narrow(2, self.length, count), new.get(name, 0)
+            if isinstance(found, Tensor):
+                place.copy_(found)
+            else:
+                place.fill_(found)
 
     def _last_column(self) -> Tensor | int:
         last = last_of(self._part("steps"))
@@ -119,7 +125,7 @@ class DenseStore:
 
     def _part(self, name: str) -> Tensor:
         whole = self.buffers[name]
-        return whole if whole.shape[2] == self.length else whole[:, :, : self.length]
+        return whole if whole.shape[2] == self.length else whole.narrow(2, 0, self.length)
 
     @property
     def keys(self) -> Tensor:

@@ -29,6 +29,8 @@ from hf_ext.kernels.packing import dequantise_keys, dequantise_values
 #: What is packed of an entry; the second and third have a place for each group of tokens.
 PARTS = ("key_codes", "key_scale", "key_zero", "value_codes", "value_scale", "value_zero")
 BY_GROUP = ("key_scale", "key_zero")
+#: The room behind recent entries is so small a part of them; they are few, and copied as often as it is full.
+RECENT_PART = 32
 #: What the names of packed tensors begin with where others stand beside them.
 PREFIX = "packed."
 
@@ -45,7 +47,7 @@ class PackedStore:
 
     def __init__(self, fields: tuple[str, ...], quantisation: Quantisation) -> None:
         self.quantisation = quantisation
-        self.recent = DenseStore(fields)
+        self.recent = DenseStore(fields, RECENT_PART)
         #: Entries of each head that are packed.
         self.frozen = 0
         self.packed: dict[str, Tensor] = {}

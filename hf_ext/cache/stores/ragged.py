@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.cache.entries import NOTHING, Entries
-from hf_ext.cache.stores.steps import DTYPES, columns_of, steps_after, steps_of
+from hf_ext.cache.stores.steps import DTYPES, columns_of, fits, steps_after, steps_of
 
 #: The room of a segment is a 64th of the longest one, and no more than this.
 MOST_ROOM = 256
@@ -54,7 +54,12 @@ class RaggedStore:
         """Add new tokens; see `DenseStore.append`."""
         rows, heads, count, _ = keys.shape
         last = self.last_columns(1)[..., 0] if self.buffers and self._last is None else self._last
-        steps = steps_after(NOTHING if last is None else last, start, count, rows, real, keys.device)
+        last = NOTHING if last is None else last
+        one = bool(self.buffers) and count == 1 and real is None
+        if one and isinstance(last, int) and fits(start - last, self.buffers["steps"]):
+            steps = None
+        else:
+            steps = steps_after(last, start, count, rows, real, keys.device)
         # The newest token is the last one of every head, unless it is padding.
         self._last = start + count - 1 if real is None else None
         if not self.buffers:
@@ -62,7 +67,7 @@ class RaggedStore:
             self.buffers = {
                 "keys": keys.new_zeros(0, keys.shape[-1]),
                 "values": values.new_zeros(0, values.shape[-1]),
-                "steps": steps.new_zeros(0),
+                "steps": keys.new_zeros(0, dtype=DTYPES[0]),
                 **{name: keys.new_zeros(0, dtype=torch.float32) for name in self.field_names},
             }
         if real is not None and bool(real.all()):
@@ -80,11 +85,14 @@ class RaggedStore:
             at = place[..., None] + (real.long().cumsum(1) - 1)[:, None]
             chosen = real[:, None].expand(rows, heads, count).flatten()  # type: ignore[assignment]
             where = at.flatten()[chosen]
-        self._widen(steps.dtype)
-        numbers = steps.expand(-1, heads, -1).to(self.buffers["steps"].dtype)
         self.buffers["keys"].index_copy_(0, where, keys.reshape(-1, keys.shape[-1])[chosen])
         self.buffers["values"].index_copy_(0, where, values.reshape(-1, values.shape[-1])[chosen])
-        self.buffers["steps"].index_copy_(0, where, numbers.reshape(-1)[chosen])
+        if steps is None:
+            self.buffers["steps"].index_fill_(0, where, start - last)
+        else:
+            self._widen(steps.dtype)
+            numbers = steps.expand(-1, heads, -1).to(self.buffers["steps"].dtype)
+            self.buffers["steps"].index_copy_(0, where, numbers.reshape(-1)[chosen])
         for name in self.field_names:
             self.buffers[name].index_fill_(0, where, 0)
         if real is None:
@@ -108,17 +116,14 @@ class RaggedStore:
 
     def _spread(self, room: Tensor) -> None:
         """Move segments so that each has this much room."""
-        old = self._flat()
         ends = room.flatten().cumsum(0)
-        starts = (ends - room.flatten()).view_as(room)
-        lengths = self.lengths.flatten()
-        shift = torch.repeat_interleave(starts.flatten() - (lengths.cumsum(0) - lengths), lengths)
-        new = torch.arange(len(old), device=old.device) + shift
+        segments = list(zip(*(t.flatten().tolist() for t in (self.starts, self.lengths, room)), strict=True))
+        most = max(wide - length for _, length, wide in segments)
         for name, tensor in self.buffers.items():
-            moved = tensor.new_zeros(int(ends[-1]), *tensor.shape[1:])
-            moved[new] = tensor[old]
-            self.buffers[name] = moved
-        self.starts, self.room = starts, room
+            spare = tensor.new_zeros(most, *tensor.shape[1:])
+            parts = [[tensor[start : start + n], spare[: wide - n]] for start, n, wide in segments]
+            self.buffers[name] = torch.cat([part for pair in parts for part in pair])
+        self.starts, self.room = (ends - room.flatten()).view_as(room), room
 
     def _segments(self) -> tuple[Tensor, Tensor]:
         """Return where entries lie if all heads are as long as the longest, `(rows, heads, n)`, and which are real."""

@@ -95,6 +95,11 @@ def smallest(most: int) -> torch.dtype:
     return next(dtype for dtype in DTYPES if most <= torch.iinfo(dtype).max)
 
 
+def fits(step: int, steps: Tensor) -> bool:
+    """Tell whether steps can hold one more, as large as this."""
+    return step <= torch.iinfo(steps.dtype).max
+
+
 def joined(steps: Tensor, more: Tensor, room: int = 0) -> Tensor:
     """Return steps with those of later columns behind them, and room behind these."""
     heads = max(steps.shape[1], more.shape[1])
