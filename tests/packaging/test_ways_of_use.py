@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_wheel_holds_all_code_and_data_and_nothing_else(wheel: Path, sources: Pa
     expected = set()
     for folder in ("hf_ext", "modeling", "generation", "trainer_callbacks", "claims", "benchmarks", "model_cards"):
         for path in (sources / folder).rglob("*"):
-            if path.is_file() and path.suffix in (".py", ".json", ".jinja", ".md", ".safetensors", ".txt"):
+            if path.is_file() and path.suffix in (".py", ".json", ".jinja", ".md", ".png", ".safetensors", ".txt"):
                 inside = path.relative_to(sources)
                 expected.add(str(inside if folder == "hf_ext" else "hf_ext" / inside))
     assert sorted(expected - names) == []
@@ -63,6 +64,18 @@ def test_wheel_holds_all_code_and_data_and_nothing_else(wheel: Path, sources: Pa
     # The examples of what must be there, in case both sides forget them.
     assert {"hf_ext/demo/target/model.safetensors", "hf_ext/demo/draft/model.safetensors"} <= names
     assert {f"hf_ext/model_cards/{plugin.name}.md" for plugin in plugins.all() if plugin.claims} <= names
+
+
+def test_source_distribution_holds_the_whole_checkout(sources: Path, tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    run = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    made = ("build/", "hf_ext.egg-info/")
+    files = {str(path.relative_to(sources)) for path in sources.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert sorted(file for file in files - names if not file.startswith(made)) == []
 
 
 def test_embedded_weights_stay_within_fourteen_megabytes(wheel: Path) -> None:
