@@ -122,8 +122,10 @@ def test_causal_documents_are_read_as_without_the_mirror():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_rows_that_look_back_only_go_the_models_own_way_and_gradients_are_the_same(name, monkeypatch):
-    """Row by row or together, by the formula with its own gradient or by autograd: one result."""
+@pytest.mark.parametrize("least", [48, 2])
+def test_rows_that_look_back_only_go_the_models_own_way_and_gradients_are_the_same(name, least, monkeypatch):
+    """Row by row or together, by the formula with its own gradient, in blocks, or by autograd: one result."""
+    monkeypatch.setattr("hf_ext.trainer_callbacks.mirror.LEAST", least)
     kinds = torch.tensor([[SEEN, SEEN, HIDDEN, SEEN, HIDDEN, 0], [1, 1, 1, 1, 1, 1], [SEEN, HIDDEN, SEEN, SEEN, 0, 0]])
     ids = torch.tensor([[BOS, 10, MASK, 12, MASK, 0], [BOS, 9, 8, 7, 6, 5], [BOS, MASK, 5, 6, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": (kinds > 0).long()}
@@ -145,10 +147,10 @@ def test_rows_that_look_back_only_go_the_models_own_way_and_gradients_are_the_sa
         assert difference < 1e-5, f"they differ by up to {difference:.3g} of the largest"  # the mirror turns in float32
 
 
-def formula(query, key, ahead_query, ahead_key, value, ahead, seen, scaling):
-    call = {"scaling": scaling}
-    found = torch.where(ahead, scores(ahead_query, ahead_key, call), scores(query, key, call))
-    return attended(probabilities(found, seen, call), value).transpose(1, 2)
+def formula(query, key, value, turn, unseen, scaling, dtype):
+    call, ahead = {"scaling": scaling}, torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+    found = torch.where(ahead, scores(turn(query), turn(key), call), scores(query, key, call))
+    return attended(probabilities(found, unseen == 0, call), value).transpose(1, 2)
 
 
 def test_no_prediction_reads_a_hidden_mask_unless_it_stands_on_it():
