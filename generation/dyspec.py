@@ -34,14 +34,14 @@ class DySpec(Speculative):
     worth the product of the draft probabilities down to its node.
 
     Args:
-        draft_model: a causal language model with the target's vocabulary, much cheaper than the target.
+        draft_model: a causal language model with the target's tokenizer, much cheaper than the target.
         nodes: nodes of a tree.
         depth: levels of a tree at most, and draft calls.
         threshold: slots worth no more than this stay empty, which makes trees smaller where the draft
             model is unsure; 0 always fills all nodes.
 
     Raises:
-        ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
+        ValueError: the draft model has another tokenizer, or a model cannot forget rejected tokens.
 
     Source:
         DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure (arXiv:2410.11744), the greedy

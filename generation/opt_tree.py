@@ -28,14 +28,14 @@ class OptTree(Speculative):
     deterministic drafts, which accepts a token with the probability that the target gives it.
 
     Args:
-        draft_model: a causal language model with the target's vocabulary, much cheaper than the target.
+        draft_model: a causal language model with the target's tokenizer, much cheaper than the target.
         nodes: nodes of a tree, n in the paper.
         depth: levels of a tree at most.
         threshold: expected accepted tokens that a level must add for growth to go on, delta in the
             paper; more than the time of a draft call divided by that of a target call is sensible.
 
     Raises:
-        ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
+        ValueError: the draft model has another tokenizer, or a model cannot forget rejected tokens.
 
     Source:
         OPT-Tree: Speculative Decoding with Adaptive Draft Tree Structure (arXiv:2406.17276).

@@ -150,13 +150,13 @@ class RecursiveSpeculativeDecoding(Speculative):
     that of plain beam search.
 
     Args:
-        draft_model: a causal language model with the target's vocabulary, much cheaper than the target.
+        draft_model: a causal language model with the target's tokenizer, much cheaper than the target.
         branching: children of every node at each level, from the root down.
         beam_width: sequences of the beam, which takes the place of `branching`; None for RSD-C.
         beam_depth: tokens of each sequence of the beam.
 
     Raises:
-        ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
+        ValueError: the draft model has another tokenizer, or a model cannot forget rejected tokens.
 
     Source:
         Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without Replacement

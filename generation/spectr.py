@@ -91,12 +91,12 @@ class SpecTr(Speculative):
     likeliest tokens and each goes on with the likeliest.
 
     Args:
-        draft_model: a causal language model with the target's vocabulary, much cheaper than the target.
+        draft_model: a causal language model with the target's tokenizer, much cheaper than the target.
         sequences: draft sequences, k in the paper.
         draft_tokens: tokens of each sequence; 0 decodes without drafts.
 
     Raises:
-        ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
+        ValueError: the draft model has another tokenizer, or a model cannot forget rejected tokens.
 
     Source:
         SpecTr: Fast Speculative Decoding via Optimal Transport (arXiv:2310.15141), K-SEQ.

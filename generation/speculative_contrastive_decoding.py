@@ -93,13 +93,13 @@ class SpeculativeContrastiveDecoding(Speculative):
     be padded further) cannot be contrasted and is not written.
 
     Args:
-        draft_model: the amateur, a causal language model with the target's tokens.
+        draft_model: the amateur, a causal language model with the target's tokenizer.
         draft_tokens: tokens drafted a step.
         beta: strength of the contrast, 0 or more.
         alpha: plausibility threshold, from 0 (none) to 1.
 
     Raises:
-        ValueError: the amateur has another vocabulary, or a model cannot forget rejected tokens.
+        ValueError: the amateur has another tokenizer, or a model cannot forget rejected tokens.
 
     Source:
         Speculative Contrastive Decoding (arXiv:2311.08981), algorithm 1, with the contrast written as

@@ -34,7 +34,7 @@ class SpeculativeDecoding(Speculative):
         draft_tokens: tokens of the draft model drafted a step; 0 decodes without drafts.
         confidence: draft no further where the draft model's likeliest token has a probability below
             this, from 0 (never stop) to 1.
-        tokenizer: the target's tokenizer; that given to `Strategy.generate` by default. Needed only with:
+        tokenizer: the target's tokenizer, needed with `draft_tokenizer`; that given to `Strategy.generate` by default.
         draft_tokenizer: the draft model's, where it is or may be another; `assistant_tokenizer` of
             `Strategy.generate` by default. None says that the draft model has the target's.
 

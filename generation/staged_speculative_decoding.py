@@ -134,7 +134,7 @@ class StagedSpeculativeDecoding(Speculative):
     the product of its probabilities.
 
     Args:
-        draft_model: a causal language model with the target's vocabulary, much cheaper than the target.
+        draft_model: a causal language model with the target's tokenizer, much cheaper than the target.
         nodes: nodes of a tree.
         depth: levels of a tree at most.
         ngram_tokens: tokens that n-grams propose a draft call; 0 does without the second stage.
@@ -142,7 +142,7 @@ class StagedSpeculativeDecoding(Speculative):
         threshold: nodes expected to be reached with a probability of no more than this are not drafted.
 
     Raises:
-        ValueError: the draft model has another vocabulary, or a model cannot forget rejected tokens.
+        ValueError: the draft model has another tokenizer, or a model cannot forget rejected tokens.
 
     Source:
         Accelerating LLM Inference with Staged Speculative Decoding (arXiv:2308.04623). Its second

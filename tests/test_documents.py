@@ -88,7 +88,7 @@ def test_worked_example_of_contributing_is_a_working_plugin(tmp_path: Path) -> N
 
 #: Pages whose code runs here (that of others runs in the tests of what they describe), and how many blocks each holds.
 PAGES = {
-    "speculative-decoding": 2,
+    "speculative-decoding": 3,
     "cache": 2,
     "objectives": 3,
     "attention-methods": 1,

@@ -222,6 +222,22 @@ def test_special_tokens_go_over_by_name_and_are_not_part_of_any_word():
     assert other.convert_ids_to_tokens(line.ids) == ["<s>", "<user>", "h", "i", " ", "y", "o", "u", "<user>"]
     drafted = other("ok</s>no").input_ids
     assert mine.convert_ids_to_tokens(translator.back(line, row, drafted)) == ["o", "k", "</s>"]
+    for text in ("<s> a", " a"):  # a text that begins with a token begins with it once
+        line = (translator := Translator(mine, in_words(500))).line()
+        translator.follow(line, mine(text).input_ids)
+        assert line.ids == in_words(500)(" a").input_ids
+
+
+def test_a_draft_that_would_merge_with_the_last_token_is_tokenised_by_itself():
+    names = ["a", "b", "c", "ab"]
+    merging = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[("a", "b")]))
+    merging.decoder = decoders.Fuse()
+    mine = PreTrainedTokenizerFast(tokenizer_object=merging)
+    translator = Translator(mine, in_characters(0))
+    line, row = translator.line(), mine("ca").input_ids
+    translator.follow(line, row)
+    drafted = in_characters(0)("bc").input_ids
+    assert mine.convert_ids_to_tokens(translator.back(line, row, drafted)) == ["b", "c"], "the text goes on with bc"
 
 
 def test_a_character_that_is_not_complete_waits_for_the_rest_of_it():
