@@ -64,7 +64,8 @@ class SegmentAttention(abc.ABC):
         if len(query) % len(self.sets) or key.shape[2] < self.real.shape[1]:
             raise ValueError(
                 f"a forward pass of {len(query)} rows and {key.shape[2]} columns does not go on from "
-                f"{len(self.sets)} prompts of {self.real.shape[1]} columns"
+                f"{len(self.sets)} prompts of {self.real.shape[1]} columns; leave out guidance_scale, which reads a "
+                "text of its own, and caches that drop tokens"
             )
         return len(query) // len(self.sets)
 

@@ -252,7 +252,8 @@ def check_call(run: DecodingRun, name: str) -> None:
         name: of the method, for messages.
 
     Raises:
-        ValueError: a model without positions or masks of its own, a filled or fixed cache, embeddings, chunks.
+        ValueError: a model without positions or masks of its own, a filled or fixed cache, embeddings, chunks,
+            positions of the caller's.
     """
     problem = tree_problem(run.model)
     if problem is not None:
@@ -266,6 +267,11 @@ def check_call(run: DecodingRun, name: str) -> None:
         raise ValueError(f"{name} needs a cache that grows; leave cache_implementation out or pass a DynamicCache")
     if run.config.prefill_chunk_size is not None:
         raise ValueError(f"{name} reads the prompt in one piece; leave prefill_chunk_size out")
+    positions, mask = run.model_kwargs.get("position_ids"), run.attention_mask
+    if positions is not None and positions.shape == mask.shape:  # where the caller does not, transformers counts them
+        moved = (positions != mask.cumsum(-1) - 1) & mask.bool()
+        if bool(moved.any()):
+            raise ValueError(f"{name} gives tokens positions of its own; leave position_ids out")
 
 
 def check_positions(run: DecodingRun, structure: AttentionStructure, new: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext import adapter
+from hf_ext.attention.backend import CACHE_LAYER
 from hf_ext.attention.packed import is_packed, unpack
 
 #: What an attention function returns: `(batch, queries, heads, width)`, and the probabilities or None.
@@ -141,9 +142,21 @@ def _dispatch(
     own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Attended:
     call = adapter.attention_function(own, module)
+    if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+        key, value = _written(own, module, query, key, value, kwargs.get("is_causal"))
     for handler in _HANDLERS.get(module, ()):
         call = functools.partial(_through, handler, call)
     return call(module, query, key, value, attention_mask, **kwargs)
+
+
+def _written(
+    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, is_causal: bool | None
+) -> tuple[Tensor, Tensor]:
+    """Return what the first pass into a static cache has written: SDPA's causality begins at the first key."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal or hasattr(key, CACHE_LAYER) or any(name in own for name in ("eager", "flash")):
+        return key, value
+    return key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
 
 
 def _through(

@@ -213,6 +213,19 @@ def test_with_a_cache_as_without(kind):
     same_tokens(out, ids, f"{kind}, with a cache against without")
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_static_cache_is_as_good_as_one_that_grows(kind):
+    """Of its first pass SDPA gets no mask, and keys that nobody has written yet."""
+    model, (ids, mask) = tiny_models.shared(kind), tiny_models.prompts((12,))
+    strategy = ExtendedMind(Memories.of(model, TEXTS), top_memories=4, min_similarity=0.0)
+    wanted = {**SETTINGS, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    grown, static = (
+        torch.stack(strategy.generate(model, ids, attention_mask=mask, **wanted, **cache).logits)
+        for cache in ({}, {"cache_implementation": "static"})
+    )
+    close(static, grown, f"{kind}, a static cache", 2e-5)
+
+
 @pytest.mark.parametrize("inner", [PromptLookup(4), ContrastiveSearch(penalty_alpha=0.0, top_k=3)], ids=repr)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_other_strategies_decode_with_memories(kind, inner):

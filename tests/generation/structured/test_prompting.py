@@ -166,6 +166,7 @@ def test_what_cannot_be_honoured_is_refused():
         "segment_ids must be whole numbers": {"segment_ids": -inputs["segment_ids"]},
         "group_ids must be whole numbers": {"group_ids": inputs["group_ids"] / 2},
         "in one piece": {"prefill_chunk_size": 4},
+        "leave position_ids out": {"position_ids": torch.arange(inputs["input_ids"].shape[1]).expand(3, -1)},
         "a cache that grows": {"cache_implementation": "static"},
         "use_cache=True": {"use_cache": False},
     }
