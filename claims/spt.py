@@ -9,18 +9,14 @@ holds such a question, nor does SPT make one of it: reordered, "A parent B" is "
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
 import statistics
-import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel
 
+from hf_ext.claims import small_training
 from hf_ext.trainer_callbacks.objective import Objective
 from hf_ext.trainer_callbacks.segmenters import FixedLength
 from hf_ext.trainer_callbacks.spt import SPT
@@ -63,50 +59,13 @@ def units_of_a_fact(tokens: Sequence[int]) -> list[int]:
     return [0, *(place + more for place, token in enumerate(tokens) if token in (PARENT, CHILD) for more in (0, 1))]
 
 
-def small_model(seed: int) -> PreTrainedModel:
-    """Build a Llama-shaped model of two layers and hidden size 64."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=16,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-    )
-    return LlamaForCausalLM(config)
-
-
-def collate(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Stack rows of one length; every token is a label."""
-    batch = torch.tensor(list(rows))
-    return {"input_ids": batch, "labels": batch.clone()}
-
-
 def train(objective: Objective | None, seed: int, steps: int = STEPS) -> PreTrainedModel:
-    """Train `small_model(seed)` on the told facts with a stock Trainer; None is next-token prediction."""
+    """Train a small model on the told facts with a stock Trainer; None is next-token prediction."""
     told, _, _ = facts(seed)
-    model = small_model(seed)
-    settings: dict[str, Any] = {"logging_strategy": "no", "save_strategy": "no", "report_to": [], "use_cpu": True}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=ROWS,
-            learning_rate=3e-3,
-            warmup_steps=20,
-            weight_decay=0.01,
-            seed=seed,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            **settings,
-        )
-        callbacks = [] if objective is None else [objective]
-        Trainer(model, args, train_dataset=told, data_collator=collate, callbacks=callbacks).train()
-    return model.eval()
+    model = small_training.small_model(seed, VOCABULARY, context=16, bos_token_id=BOS, eos_token_id=EOS)
+    return small_training.train(
+        model, objective, told, steps=steps, batch=ROWS, rate=3e-3, seed=seed, weight_decay=0.01
+    )  # fmt: skip
 
 
 @torch.no_grad()
