@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,8 +184,8 @@ def _weights(model: Any) -> Iterator[Tensor]:
     if all(weight.device.type != "meta" for weight in model.parameters()):
         yield from model.parameters()
         return
-    from accelerate.utils import align_module_device
-
+    # A statement would make exported strategies ask for accelerate, which is there only if it has offloaded the model.
+    align_module_device = importlib.import_module("accelerate.utils").align_module_device
     for module in model.modules():
         with align_module_device(module):
             yield from module.parameters(recurse=False)
