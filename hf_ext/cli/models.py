@@ -135,6 +135,8 @@ def _check_hub(name: str) -> None:
 def _reason(error: Exception) -> str:
     """Say what an exception of the loaders means for the user: its first paragraph, advice comes after it."""
     text = (str(error).strip() or type(error).__name__).split("\n\n")[0].strip()
+    if "trust_remote_code=True" in text:
+        return "it comes with code of its own; read that, and pass --trust-remote-code to run it"
     if type(error).__name__ == "SafetensorError":
         return f"its safetensors file is damaged or incomplete ({text}); save or download it again"
     return f"{type(error).__name__}: {text}"

@@ -93,7 +93,9 @@ def _compose(plugin: Plugin, sections: dict[str, str], tags: Iterable[str]) -> s
     if path is not None:
         card = ModelCard(path.read_text(encoding="utf-8"))
     else:
-        data = ModelCardData(library_name="transformers", pipeline_tag="text-generation").to_yaml()
+        data = ModelCardData(
+            library_name="transformers", pipeline_tag="text-generation", tags=["hf_ext", plugin.name]
+        ).to_yaml()
         paper = f"\n\nPaper: {plugin.paper}" if plugin.paper else ""
         card = ModelCard(f"---\n{data}\n---\n\n# {plugin.name}\n\n{plugin.summary}{paper}\n")
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))

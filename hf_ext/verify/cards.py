@@ -121,7 +121,7 @@ def with_generated(card: str, record: Mapping[str, Any]) -> str:
 
 def first_card(plugin: Plugin) -> str:
     """Start a card from what the plugin says of itself; options and claims are filled in, the prose is not."""
-    tags = ["hf_ext", plugin.kind, *(["custom_generate"] if plugin.kind == "strategy" else [])]
+    tags = ["hf_ext", plugin.kind, plugin.name, *(["custom_generate"] if plugin.kind == "strategy" else [])]
     data = ModelCardData(
         license="apache-2.0", library_name="transformers", pipeline_tag="text-generation", tags=tags
     ).to_yaml()
@@ -208,8 +208,9 @@ def _form_problems(card: str, plugin: Plugin) -> list[str]:
     found = [f"metadata lacks {key}" for key in METADATA if not data.get(key)]
     if not data.eval_results:
         found.append("metadata has no evaluation results in model-index")
-    if plugin.kind == "strategy" and "custom_generate" not in (data.tags or []):
-        found.append("a strategy's card needs the tag custom_generate")
+    for tag in ("hf_ext", plugin.name, *(["custom_generate"] if plugin.kind == "strategy" else [])):
+        if tag not in (data.tags or []):
+            found.append(f"metadata lacks the tag {tag}")
     headings = re.findall(r"^## (.+)$", card, re.MULTILINE)
     if missing := [section for section in SECTIONS if section not in headings]:
         found.append(f"sections missing: {', '.join(missing)}")

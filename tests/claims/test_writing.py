@@ -89,6 +89,7 @@ def test_check_that_failed_stands_on_the_card_as_an_error(toy, tmp_path):
         ("It is a toy.", "It wins 90 % of the time.", "produced: 90"),
         ("## Limitations", "## Praise", "sections missing: Limitations"),
         ("- custom_generate\n", "", "tag custom_generate"),
+        ("- hf_ext\n", "", "tag hf_ext"),
         ("license: apache-2.0\n", "", "lacks license"),
         ("```python", "```text", "no Python snippet"),
         ("<!-- claims:end -->", "", "exactly one block"),
