@@ -12,6 +12,7 @@ says so once.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable
@@ -322,7 +323,8 @@ def _by_definition(
     from hf_ext.attention import exact, packed
 
     length = query.shape[2]
-    if causal and key.shape[2] > length:  # the rest of a static cache holds nothing yet
+    empty = max(key.shape[2] - length, 0) if causal else 0  # the rest of a static cache holds nothing yet
+    if empty:
         key, value = key[:, :, :length], value[:, :, :length]
         bias = None if bias is None else bias[..., :length]
     seen: Any = attention_mask
@@ -346,12 +348,17 @@ def _by_definition(
         mask = seen if seen is None or isinstance(seen, torch.Tensor) else seen.dense()
         with torch.no_grad():
             sums = column_sums(query, key, mask=mask, causal=causal, scale=scaling, softcap=softcap, sinks=sinks)
-        return exact.Attended(column_sums=sums)
+        return exact.Attended(column_sums=torch.nn.functional.pad(sums, (0, empty)))
     with torch.set_grad_enabled((wanted["output"] or wanted["weights"]) and torch.is_grad_enabled()):
-        return exact.attend(
+        found = exact.attend(
             query, key, value, mask=seen, causal=causal, scale=scaling, softcap=softcap, sinks=sinks, dropout=dropout,
             **wanted,
         )  # fmt: skip
+    if not empty:
+        return found
+    per_key = {"weights": found.weights, "column_sums": found.column_sums}
+    padded = {n: torch.nn.functional.pad(part, (0, empty)) for n, part in per_key.items() if part is not None}
+    return dataclasses.replace(found, **padded)
 
 
 def note(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from hf_ext.attention import collect
 from hf_ext.testing import tiny_models
@@ -91,3 +92,25 @@ def test_attentions_are_returned_where_they_are_asked_for(kind: str, build: Call
     for one, other in zip(found, expected, strict=True):
         difference = float(((one - other) * MASK[:, None, :, None]).abs().max())
         assert difference < 1e-6, difference
+
+
+def test_a_static_cache_has_a_column_for_every_key_also_those_that_are_empty(build: Callable[[str], Any]) -> None:
+    model, places = build("llama"), IDS.shape[1] + 3
+
+    def read() -> tuple[torch.Tensor, ...]:
+        cache = StaticCache(model.config, max_cache_len=places)
+        return model(IDS[:1], past_key_values=cache, output_attentions=True).attentions
+
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = read()
+        model.set_attn_implementation("hf_ext")
+        with collect(model) as statistics:
+            found = read()
+    for layer, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.shape == other.shape == (1, 4, IDS.shape[1], places)
+        sums = statistics[layer].column_sums
+        assert sums is not None
+        difference = float((sums - other.sum(2).unflatten(1, (2, -1)).sum(2)).abs().max())
+        assert difference < 1e-5, f"layer {layer}: {difference}"
+        assert float((one - other).abs().max()) < 1e-6
