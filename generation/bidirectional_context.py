@@ -94,7 +94,7 @@ class BidirectionalContext(StructuredPrompting):
         found = [list(self._orders(documents_of(prompt, row), length)) for row in range(batch)]
         count = max(map(len, found))
         if count > 1:
-            refuse_moved_columns(run, prompt, type(self).__name__)
+            refuse_moved_columns(run, type(self).__name__)
         padded = [orders + orders[:1] * (count - len(orders)) for orders in found]
         columns = torch.tensor(padded, device=ids.device).transpose(0, 1)  # orders, batch, length
         more = torch.arange(length, ids.shape[1], device=ids.device).expand(count, batch, -1)  # guesses behind it
@@ -102,7 +102,7 @@ class BidirectionalContext(StructuredPrompting):
         peak = _Peak((prompt.segments > 0).repeat(count, 1), length - 1)
         given = {name: value if name == "past_key_values" else _repeated(value, batch, count)
                  for name, value in kwargs.items()}  # fmt: skip
-        with intercept(run.model, peak):
+        with intercept(run.model.get_decoder(), peak):
             outputs = run.model(ids.repeat(count, 1).gather(1, columns), **given, return_dict=True)
         peaks = peak.highest().view(count, batch).T.tolist()
         peaks = [row[: len(orders)] for row, orders in zip(peaks, found, strict=True)]

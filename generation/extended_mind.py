@@ -116,7 +116,7 @@ class ExtendedMind(DecodingStrategy):
         with contextlib.ExitStack() as stack:
             if attention.rotary is not None:
                 attention.places = stack.enter_context(attention.rotary.positions())
-                stack.enter_context(intercept(model, attention))
+                stack.enter_context(intercept(model.get_decoder(), attention))  # encoders remember nothing
             yield attention
 
 

@@ -20,6 +20,7 @@ from hf_ext.generation.structured.prompting import (
     check_positions,
     new_tokens,
     prompt_of,
+    refuse_moved_columns,
 )
 
 
@@ -78,6 +79,7 @@ class ParallelEnsemble(StructuredPrompting):
         if run.cache_was_given:
             raise ValueError(f"{name} keeps a cache for every window; leave past_key_values out")
         prompt = prompt_of(run, name)
+        refuse_moved_columns(run, name)
         lanes, owners, weights = self._lanes(prompt, name)
         ids, mask = _padded(lanes, int(run.pad_token_id or 0), prompt.ids.device)
         run.report.details["windows"] = [owners.count(row) for row in range(len(prompt.ids))]

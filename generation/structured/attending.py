@@ -174,7 +174,7 @@ class AttendingPrompting(StructuredPrompting):
 
     @contextlib.contextmanager
     def _attending(self, model: Any) -> Iterator[SegmentAttention]:
-        with self.attention(model) as made, intercept(model, made):
+        with self.attention(model) as made, intercept(model.get_decoder(), made):
             self._attention = made
             try:
                 yield made

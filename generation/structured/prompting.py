@@ -195,22 +195,21 @@ def read_instead(run: DecodingRun, given: Prompt, prompt: Prompt, name: str) -> 
     Raises:
         ValueError: states or attentions of the prompt are asked for, or something else has a number for each token.
     """
-    refuse_moved_columns(run, given, name)
+    refuse_moved_columns(run, name)
     run.model_kwargs["attention_mask"] = prompt.mask.long()
     run.columns_before = prompt.ids.shape[1] - given.ids.shape[1]
 
 
-def refuse_moved_columns(run: DecodingRun, given: Prompt, name: str) -> None:
-    """Refuse what has an entry for each token of a prompt that a method moves or repeats.
+def refuse_moved_columns(run: DecodingRun, name: str) -> None:
+    """Refuse what goes by the tokens of a prompt that a method moves or repeats.
 
     Args:
         run: the call.
-        given: its prompts.
         name: of the method, for the message.
 
     Raises:
-        ValueError: states or attentions of the prompt are asked for, or there is a forward argument, such as
-            `token_type_ids`, that belongs to its tokens.
+        ValueError: states or attentions of the prompt are asked for, or there is a forward argument that may belong
+            to its tokens, by shape (`token_type_ids`) or by what is in it (spans of columns, images in their order).
     """
     if run.config.output_attentions or run.config.output_hidden_states:
         raise ValueError(
@@ -218,7 +217,7 @@ def refuse_moved_columns(run: DecodingRun, given: Prompt, name: str) -> None:
         )
     for field, value in run.model_kwargs.items():
         own = field in ("attention_mask", "position_ids")
-        if isinstance(value, torch.Tensor) and value.shape[:2] == given.ids.shape and not own:
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and not own:
             raise ValueError(f"{name} reads other columns than the prompt's, which have no {field}; leave them out")
 
 

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from hf_ext.generation import ContrastiveSearch, PromptLookup, SpeculativeDecoding
+from hf_ext.attention.memory import Memories
+from hf_ext.generation import (
+    PINE,
+    ContrastiveSearch,
+    ExtendedMind,
+    JustReadTwice,
+    ParallelEnsemble,
+    PromptLookup,
+    SetBasedPrompting,
+    SpeculativeDecoding,
+)
 from hf_ext.modeling.metalm.spans_metalm import bounds_of
 from hf_ext.testing.model_base import assert_close
 from hf_ext.testing.tiny_models import build
@@ -185,6 +195,27 @@ def test_speculation_goes_on_from_spans_as_greedy_search_does(tiny):
     made, rows = tiny.encodings(model, lambda: model.generate(batch, custom_generate=strategy, **settings))
     assert torch.equal(made, model.generate(batch, **settings))
     assert rows == [2], f"the encoder read {rows} spans; expected those of the prompt, once"
+
+
+@torch.no_grad()
+def test_memories_stay_out_of_the_encoders(tiny):
+    model, text, batch = tiny.docked(), tiny.ids(1, 6, seed=2), tiny.ids(1)
+    memories = Memories.of(model, text.tolist())
+    strategy = ExtendedMind(memories, top_memories=6, min_similarity=-1, positions="before")
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(batch, spans=tiny.SPANS[:1], custom_generate=strategy, **settings)
+    both = model.generate(torch.cat([text, batch], dim=1), spans=tiny.SPANS[:1] + 6, **settings)
+    assert torch.equal(found[:, batch.shape[1] :], both[:, batch.shape[1] + 6 :])
+
+
+@pytest.mark.parametrize("strategy", [SetBasedPrompting(), PINE(), ParallelEnsemble(), JustReadTwice()], ids=repr)
+def test_strategies_that_move_columns_refuse_spans(tiny, strategy):
+    """Spans are columns of the prompt as it is; SetBasedPrompting reads options sorted by their tokens."""
+    batch = tiny.ids(1).sort(descending=True).values
+    segments = {"segment_ids": torch.tensor([[0] * 4 + [1] * 4 + [2] * 4 + [0] * 2])}
+    given = {"spans": torch.tensor([[[4, 8]]]), **({} if isinstance(strategy, JustReadTwice) else segments)}
+    with pytest.raises(ValueError, match="reads other columns than the prompt's, which have no spans"):
+        strategy.generate(tiny.docked(), batch, **given, max_new_tokens=2, do_sample=False)
 
 
 @torch.no_grad()
