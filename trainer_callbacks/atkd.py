@@ -14,7 +14,7 @@ from hf_ext.trainer_callbacks.distillation import distillation, odds_of
 from hf_ext.trainer_callbacks.objective import Objective
 from hf_ext.trainer_callbacks.reference import Reference
 from hf_ext.trainer_callbacks.sstoken import top_share
-from hf_ext.trainer_callbacks.tap import document_numbers
+from hf_ext.trainer_callbacks.tap import texts_of
 
 
 def divided_divergence(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,9 +177,8 @@ class ATKD(Objective):
 
     def _weights(self, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
         """Weigh the target part and the rest part of each token by whether its teacher finds it hard."""
-        documents = document_numbers(self.batch).to(self.rows.device)
-        groups = documents[self.rows, self.columns] + self.rows * documents.shape[1]
-        hard = top_share(uncertainty, groups.to(uncertainty.device), documents.numel(), self.hard_share)
+        texts, count = texts_of(self.batch, self.rows, self.columns)
+        hard = top_share(uncertainty, texts.to(uncertainty.device), count, self.hard_share)
         easy_weight, hard_weight = self.easy_weight / (1 - self.hard_share), (1 - self.easy_weight) / self.hard_share
         on_target = torch.where(hard, hard_weight, 0.0).to(uncertainty.dtype)
         return on_target, torch.where(hard, hard_weight, easy_weight).to(uncertainty.dtype)

@@ -91,6 +91,11 @@ class _Pass(nn.Module):
         # prompt tuning puts virtual tokens before those of the batch
         virtual = 0 if ids is None else states.shape[1] - ids.shape[1]
         places = rows.to(states.device) * states.shape[1] + columns.to(states.device) + virtual
+        if bool((columns < -virtual).any()):
+            raise ValueError(
+                "the first token of a row is predicted by virtual tokens (prompt tuning), which the other "
+                f"{type(model).__name__} does not read: set the labels of first tokens to -100"
+            )
         flat = states.flatten(0, 1)
         if head is None or weight is None:
             return GivenLogits(flat, places)

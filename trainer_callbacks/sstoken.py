@@ -17,7 +17,7 @@ from hf_ext.trainer_callbacks.clean_loss import as_in_evaluation
 from hf_ext.trainer_callbacks.history import History
 from hf_ext.trainer_callbacks.objective import Objective
 from hf_ext.trainer_callbacks.reference import Reference
-from hf_ext.trainer_callbacks.tap import Tap, document_numbers
+from hf_ext.trainer_callbacks.tap import Tap, document_numbers, texts_of
 
 
 def scaled(values: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -195,18 +195,16 @@ class SSToken(Objective):
         if self.share == 1:
             return losses.sum(), total
         device = losses.device
-        documents = document_numbers(self.batch)
-        rows, columns = (where.to(documents.device) for where in (self.rows, self.columns))
-        groups, count = (documents[rows, columns] + rows * documents.shape[1]).to(device), documents.numel()
+        groups, count = texts_of(self.batch, self.rows, self.columns)
+        groups = groups.to(device)
         with torch.no_grad():
             scores = torch.zeros_like(losses)
             if self._reference is not None:
-                before = self._reference.read(self.batch, rows, columns)
+                before = self._reference.read(self.batch, self.rows, self.columns)
                 past = before.statistics(targets.to(before.device)).nll.to(losses)
                 scores += self.gamma * scaled(past - losses, groups, count)
             if self.gamma < 1:
-                given = self._attention_to_prompt(rows, columns, documents)
-                scores += (1 - self.gamma) * given.to(scores)
+                scores += (1 - self.gamma) * self._attention_to_prompt().to(scores)
             kept = top_share(scores, groups, count, self.share)
             ones = torch.ones_like(losses)
             sizes = torch.zeros(count, device=device, dtype=ones.dtype)
@@ -215,17 +213,24 @@ class SSToken(Objective):
         self.record("selected_loss", (losses.detach() * kept).sum(), kept.sum())
         return (losses * kept * weight[groups]).sum(), total
 
-    def _attention_to_prompt(self, rows: Tensor, columns: Tensor, documents: Tensor) -> Tensor:
+    def _attention_to_prompt(self) -> Tensor:
         """Return for each target the attention that it gives to the prompt in the last layer: (targets,)."""
         assert self._tap is not None
         args, kwargs = self._tap.take()
         layer = decoder_layers(self._model)[-1]
-        chosen = torch.zeros_like(documents, dtype=torch.bool)
-        chosen[rows, columns] = True
-        prompt = (documents >= 0) & ~functional.pad(chosen[:, :-1], (1, 0))
+        documents = document_numbers(self.batch)
+        rows, places = (at.to(documents.device) for at in (self.rows, self.columns + 1))  # of the targets themselves
+        trained = functional.pad(torch.zeros_like(documents, dtype=torch.bool), (0, 1))
+        trained[rows, places] = True
+        prompt = (documents >= 0) & ~trained[:, :-1]
         found: list[Tensor] = []
 
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, plain: Any, **kw: Any) -> Any:
+            if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] != key.shape[2]:
+                raise ValueError(
+                    f"{self.name} runs the last layer again, which then has no keys of a prefix (prefix tuning): use "
+                    "gamma=1, which looks at no attention"
+                )
             # virtual tokens, which prompt tuning puts first, belong to the prompt
             whole = functional.pad(prompt, (value.shape[2] - prompt.shape[1], 0), value=True)
             indicator = whole.to(value.device, value.dtype)[:, None, :, None].expand_as(value).contiguous()
@@ -239,8 +244,8 @@ class SSToken(Objective):
                 f"{self.name} found no attention in the last layer of {type(self._model).__name__}; use gamma=1"
             )
         [attention] = found
-        given = functional.pad(attention[:, attention.shape[1] - documents.shape[1] + 1 :], (0, 1))
-        return given[rows.to(given.device), columns.to(given.device)]
+        given = functional.pad(attention[:, attention.shape[1] - documents.shape[1] :], (0, 1))
+        return given[rows.to(given.device), places.to(given.device)]
 
 
 def _number(value: Any) -> bool:

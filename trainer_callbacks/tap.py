@@ -68,6 +68,27 @@ class _Recorder:
             tap._seen = (args, kwargs)
 
 
+def texts_of(batch: Mapping[str, Any], rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
+    """Number the texts of a batch, for losses that compare the targets of one text.
+
+    Args:
+        batch: see `document_numbers`.
+        rows: (targets,) of the batch.
+        columns: (targets,) from which each is predicted; -1 for the last of the virtual tokens of prompt tuning.
+
+    Returns:
+        (targets,) the number of each target's text, and a number that is above all of them.
+
+    Example:
+        >>> batch = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+        >>> texts_of(batch, torch.tensor([0, 1, 1]), torch.tensor([0, -1, 1]))
+        (tensor([0, 3, 3]), 6)
+    """
+    documents = document_numbers(batch)
+    rows, columns = (places.to(documents.device) for places in (rows, columns.clamp(min=0)))
+    return documents[rows, columns] + rows * documents.shape[1], documents.numel()
+
+
 def document_numbers(batch: Mapping[str, Any]) -> Tensor:
     """Number the documents of each row of a batch, for losses that compare tokens of one text.
 

@@ -182,6 +182,55 @@ def test_logits_are_left_out_by_themselves_where_nobody_else_reads_them(tmp_path
         assert min(shapes) > 0, shapes
 
 
+@pytest.mark.parametrize("tuning", ["prompt", "prefix"])
+def test_losses_beside_another_model_count_past_virtual_tokens(tuning):
+    """ATKD and ssToken on a model with virtual tokens, with logits and without; the other model reads none."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    from hf_ext.trainer_callbacks import ATKD, SSToken
+
+    def first_labels(value):
+        def collator(rows):
+            batch = collate(rows)
+            batch["labels"][:, 0] = batch["input_ids"][:, 0] if value is None else value
+            return batch
+
+        return collator
+
+    def tuned():
+        kind = PromptTuningConfig if tuning == "prompt" else PrefixTuningConfig
+        torch.manual_seed(0)
+        model = get_peft_model(build("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        with torch.no_grad():
+            for parameter in filter(lambda one: one.requires_grad, model.parameters()):
+                parameter.normal_(std=0.1)
+        return model
+
+    def gradient(objective, collator):
+        model = tuned()
+        before = weights(model)
+        train(model, objective, collator=collator, **ONE_GRADIENT)
+        after = weights(model)
+        return {key: before[key] - after[key] for key in before}
+
+    gamma = 0.5 if tuning == "prompt" else 1.0
+    for make, alone in (
+        (lambda w: ATKD(teacher=build("llama"), without_logits=w), False),
+        (lambda w: SSToken(share=0.5, gamma=gamma, decay=0.5, without_logits=w), True),
+    ):
+        collator = first_labels(None if alone else -100)
+        there, here = (gradient(make(w), collator) for w in (False, None))
+        difference = largest_difference(there, here)
+        assert difference < 2e-6, f"gradients differ by up to {difference:.3g}"
+        assert max(float(value.abs().max()) for value in here.values()) > 1e-5, "no gradient at all"
+    if tuning == "prompt":
+        with pytest.raises(ValueError, match="set the labels of first tokens to -100"):
+            train(tuned(), ATKD(teacher=build("llama")), collator=first_labels(None), max_steps=1)
+    else:
+        with pytest.raises(ValueError, match=r"no keys of a prefix.*gamma=1"):
+            train(tuned(), SSToken(), max_steps=1)
+
+
 def test_few_targets_and_many_give_the_same_statistics(monkeypatch):
     """Where most positions have no target the logits are selected first; the result is no other."""
     from hf_ext.trainer_callbacks.statistics import loss_of_statistics
