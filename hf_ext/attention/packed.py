@@ -93,7 +93,7 @@ def unpack(packed: torch.Tensor, queries: int, keys: int | None = None) -> Atten
     if keys is not None and packed.shape[3] != queries + keys:
         raise ValueError(
             f"the structure has {packed.shape[3]} queries and keys together, the layer has {queries} + {keys}; make it "
-            "for what the cache holds after the step"
+            "for what the cache holds after the step (a mask that is no structure is bool or floating point, not int32)"
         )
     count = packed.shape[2]
     if count > 4 and count % 2 == 0:
