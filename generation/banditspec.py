@@ -14,9 +14,10 @@ from hf_ext.generation.aded import ADED
 from hf_ext.generation.prompt_lookup import PromptLookup
 from hf_ext.generation.run import DecodingRun
 from hf_ext.generation.speculative.context import DraftContext
-from hf_ext.generation.speculative.draft_model import ModelDrafter
+from hf_ext.generation.speculative.draft_model import ModelDrafter, as_model
 from hf_ext.generation.speculative.drafter import Drafter, Verified
 from hf_ext.generation.speculative.engine import Speculative
+from hf_ext.generation.speculative.text_drafter import TextDrafter
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative_decoding import SpeculativeDecoding
 from hf_ext.generation.token_recycling import TokenRecycling
@@ -162,12 +163,12 @@ class BanditDrafter(Drafter):
         self.report = run.report.details
         self.report["arms"] = [_label(arm) for arm in arms]
         self.report["pulls"] = bandit.pulls
-        size = run.model.num_parameters()
         #: What a draft call costs, as a share of a target call.
-        self.prices = [
-            drafter.draft_model.num_parameters() / size if isinstance(drafter, ModelDrafter) else 0.0
-            for drafter in self.drafters
-        ]
+        self.prices = [0.0] * len(arms)
+        for number, drafter in enumerate(self.drafters):
+            if isinstance(drafter, (ModelDrafter, TextDrafter)):
+                drafter.draft_model = as_model(drafter.draft_model, run.model)  # one for all arms that name it
+                self.prices[number] = drafter.draft_model.num_parameters() / run.model.num_parameters()
 
     def start(self, context: DraftContext) -> None:
         """Start all drafters; those that only follow the rows with the same draft model share what it has read."""
@@ -242,7 +243,7 @@ class BanditSpec(Speculative):
             draft model's share of the target's parameters; or for the `"seconds"` of the step.
         exploration: weight of the bonus for arms that were tried little, of `"ucb"`.
         seed: of the draws of `"exp3"`.
-        keep: go on with what was learned in the last call.
+        keep: go on with what was learned in the last call, if that had the same arms.
 
     Raises:
         ValueError: there are no arms, or arms that follow another law than the target's or take part
@@ -271,6 +272,7 @@ class BanditSpec(Speculative):
     seed: int = 0
     keep: bool = False
     _kept: Bandit | None = field(default=None, init=False, repr=False, compare=False)
+    _names: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def check_options(self) -> None:
         """Raise ValueError for options that make no sense."""
@@ -298,7 +300,9 @@ class BanditSpec(Speculative):
     def drafter(self, run: DecodingRun) -> Drafter:
         """Return the drafters of all arms behind one."""
         arms = tuple(self.arms or self._default_arms())
-        if not self.keep or self._kept is None:
+        names = [_label(arm) for arm in arms]
+        if not self.keep or self._kept is None or names != self._names:  # of other arms nothing has been learned
+            self._names = names
             self._kept = UCB(len(arms), self.exploration) if self.algorithm == "ucb" else EXP3(len(arms), self.seed)
         return BanditDrafter(arms, run, self._kept, self.reward)
 

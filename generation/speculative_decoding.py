@@ -73,19 +73,15 @@ class SpeculativeDecoding(Speculative):
 
     def drafter(self, run: DecodingRun) -> Drafter:
         """Return the draft model, drafting chains of the target's tokens or of its own."""
-        if self.tokenizer is not None:
-            run.tokenizer = self.tokenizer
-        if self.draft_tokenizer is not None:
-            run.draft_tokenizer = self.draft_tokenizer
-        if run.draft_tokenizer is not None:
-            if run.tokenizer is None:
-                raise ValueError(
-                    "draft_tokenizer is to be compared with the target's tokenizer; pass tokenizer= as well"
-                )
-            if not same_ids(run.tokenizer, run.draft_tokenizer):
-                tokenizers = (run.tokenizer, run.draft_tokenizer)
-                return TextDrafter(self.draft_model, self.draft_tokens, self.confidence, tokenizers)
-        return ChainDrafter(self.draft_model, self.draft_tokens, self.confidence)
+        mine = run.tokenizer if self.tokenizer is None else self.tokenizer
+        other = run.draft_tokenizer if self.draft_tokenizer is None else self.draft_tokenizer
+        if other is not None and mine is None:
+            raise ValueError("draft_tokenizer is to be compared with the target's tokenizer; pass tokenizer= as well")
+        if other is not None and not same_ids(mine, other):
+            return TextDrafter(self.draft_model, self.draft_tokens, self.confidence, (mine, other))
+        drafter = ChainDrafter(self.draft_model, self.draft_tokens, self.confidence)
+        drafter.tokenizers = (mine, other)
+        return drafter
 
 
 def check_draft_tokens(value: Any) -> None:

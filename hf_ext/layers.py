@@ -224,7 +224,14 @@ class TargetEnds:
             for module in self.model.modules():
                 if module is not last:
                     stack.callback(module.register_forward_hook(after_any).remove)
-            expected = self._run(states)
+            try:
+                expected = self._run(states)
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+                layer, said = type(last).__name__, (str(error).splitlines() or [""])[0]
+                raise ValueError(
+                    f"{type(self.model).__name__} does not run without its layers ({type(error).__name__}: {said}): "
+                    f"{layer} does not take states and return states alone, so no head can draft for it"
+                ) from error
         norm = seen.get("norm")
         if norm is None or head is None:
             return None

@@ -17,6 +17,7 @@ from hf_ext.generation.speculative.probe import tree_problem
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative.tree_state import TreeState
 from hf_ext.generation.speculative.vocabulary import check_vocabularies, fit_logits, fit_tokens, vocabulary_size
+from hf_ext.layers import base_model
 
 
 class DraftModel:
@@ -25,15 +26,19 @@ class DraftModel:
     Args:
         model: a causal language model with the target's tokens, padded or not, or the name or folder of one.
         context: the call.
+        tokenizers: the target's and the model's; those given to `Strategy.generate` by default.
 
     Raises:
         ValueError: the model has another vocabulary, or cannot evaluate trees.
     """
 
-    def __init__(self, model: PreTrainedModel | str | Path, context: DraftContext) -> None:
+    def __init__(
+        self, model: PreTrainedModel | str | Path, context: DraftContext, tokenizers: tuple[Any, Any] | None = None
+    ) -> None:
         model = as_model(model, context.run.model)
         run = context.run
-        check_draft_model(model, run.model, run.report.strategy, (run.tokenizer, run.draft_tokenizer))
+        known = (run.tokenizer, run.draft_tokenizer) if tokenizers is None else tokenizers
+        check_draft_model(model, run.model, run.report.strategy, known)
         self.model = model
         self._tokens, self._target_tokens = vocabulary_size(model), vocabulary_size(context.run.model)
         self.common = min(self._tokens, self._target_tokens)
@@ -144,7 +149,12 @@ def as_model(draft: Any, target: PreTrainedModel) -> PreTrainedModel:
         ValueError: it is neither a model nor a name or folder, or none can be loaded from there.
     """
     if isinstance(draft, torch.nn.Module):
-        return draft  # type: ignore[return-value]
+        if getattr(getattr(draft, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "draft_model has a learned prompt, which a draft model does not read; pass one with adapters in its "
+                "layers (LoRA), or without"
+            )
+        return base_model(draft)
     if isinstance(draft, (str, Path)):
         try:
             return _load(str(draft), target.dtype, adapter.device_of(target))
@@ -175,14 +185,19 @@ class ModelDrafter(Drafter):
 
     Args:
         model: the draft model.
+
+    Attributes:
+        tokenizers: the target's and the draft model's; those of the call by default.
     """
+
+    tokenizers: tuple[Any, Any] | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.draft_model = model
 
     def start(self, context: DraftContext) -> None:
         """Give the draft model its lanes. It reads the prompts with the first draft."""
-        self.draft = DraftModel(self.draft_model, context)
+        self.draft = DraftModel(self.draft_model, context, self.tokenizers)
 
     @property
     def calls(self) -> int:  # type: ignore[override]

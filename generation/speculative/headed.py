@@ -29,6 +29,7 @@ class HeadedSpeculative(Speculative):
 
     head: Any
     _loaded: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    _moved: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def check_options(self) -> None:
         """Raise ValueError for a head that is none."""
@@ -45,14 +46,17 @@ class HeadedSpeculative(Speculative):
         Raises:
             ValueError: the folder holds another kind of head, or the head was made for another target.
         """
-        if self._loaded is None:
-            self._loaded = self.head if isinstance(self.head, DraftHead) else self._load(self.head)
-        self._loaded.check_target(target)
-        device = adapter.device_of(target)
-        if (self._loaded.device, self._loaded.dtype) != (device, target.dtype):
-            # The caller's own head stays as it is.
-            self._loaded = copy.deepcopy(self._loaded).to(device=device, dtype=target.dtype)
-        return self._loaded.eval()
+        if self._loaded is None or self._loaded[0] is not self.head:
+            self._loaded = (self.head, self.head if isinstance(self.head, DraftHead) else self._load(self.head))
+        head, device = self._loaded[1], adapter.device_of(target)
+        head.check_target(target)
+        if (head.device, head.dtype) == (device, target.dtype):
+            return head.eval()
+        # The caller's own head stays as it is, and may have been trained since.
+        key = (head, device, target.dtype, sum(parameter._version for parameter in head.parameters()))
+        if self._moved is None or self._moved[0] != key:
+            self._moved = (key, copy.deepcopy(head).to(device=device, dtype=target.dtype).eval())
+        return self._moved[1]
 
     def _load(self, folder: str | os.PathLike[str]) -> DraftHead:
         config_class = self.head_class.config_class

@@ -7,7 +7,8 @@ the cache alone. That is done on one model instance, inside a `with` block, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -89,17 +90,39 @@ def without(model: nn.Module, skip: Collection[str]) -> Iterator[None]:
     unknown = [name for name in skip if name not in parts]
     if unknown:
         raise ValueError(f"{type(model).__name__} has no part {unknown[0]!r}; it has {', '.join(parts)}")
-    changed = [(parts[name], vars(parts[name]).get("forward"), name) for name in skip]
-    for module, _, name in changed:
-        vars(module)["forward"] = _no_attention if name.startswith("attention") else _nothing
+    changed = [(parts[name], vars(parts[name]).get("forward")) for name in skip]
+    replaced = {name: _no_attention if name.startswith("attention") else _left_out(parts[name], model) for name in skip}
+    for name, forward in replaced.items():
+        vars(parts[name])["forward"] = forward
     try:
         yield
     finally:
-        for module, had, _ in changed:
+        for module, had in changed:
             if had is None:
                 del vars(module)["forward"]
             else:
                 vars(module)["forward"] = had
+
+
+#: Of every feed-forward part that was ever left out, how many results it returns beside the states.
+_MORE: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
+
+
+def _left_out(part: nn.Module, model: Any) -> Callable[..., Any]:
+    """Return what stands for a feed-forward part: nothing, in the form that its layer expects (experts say more)."""
+    if part not in _MORE:
+        state = torch.zeros(
+            1, 1, model.config.get_text_config(decoder=True).hidden_size,
+            dtype=model.dtype, device=next(part.parameters()).device,
+        )  # fmt: skip
+        with torch.no_grad():
+            try:
+                out = part.forward(state)
+            except TypeError:  # it takes more than the states, as those that add the residual themselves
+                out = state
+        _MORE[part] = len(out) - 1 if isinstance(out, tuple) else None
+    more = _MORE[part]
+    return _nothing if more is None else lambda *args, **kwargs: (_nothing(*args, **kwargs), *[None] * more)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> Tensor:

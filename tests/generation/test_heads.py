@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache, FalconConfig, FalconForCausalLM
 
 from hf_ext import demo
 from hf_ext.demo.corpus import sources
@@ -17,6 +17,7 @@ from hf_ext.generation.heads.base import visible
 from hf_ext.generation.heads.hidden_transfer import as_attention_mask
 from hf_ext.layers import TargetEnds, captured, decoder_layers, edited, only_layers
 from hf_ext.testing import tiny_models
+from hf_ext.testing.strategy_base import refusal
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 KINDS = [(kind, {}) for kind in tiny_models.DECODERS]
@@ -90,6 +91,11 @@ def test_a_failing_pass_leaves_no_hook_and_no_forward_behind():
         assert not layer._forward_hooks
         assert not layer._forward_pre_hooks
         assert "forward" not in vars(layer)
+
+
+def test_a_model_whose_layers_return_tuples_is_refused_with_its_reason():
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    refusal(lambda: TargetEnds(falcon), "FalconForCausalLM", "without its layers", what="layers that return tuples")
 
 
 def test_states_that_do_not_exist_are_refused():

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_ext.generation import SpeculativeDecoding
+from hf_ext.generation import BanditSpec, SpeculativeDecoding
 from hf_ext.generation.speculative.translation import Language, Translator, common_prefix
 from hf_ext.testing import exactness, tiny_models
 from hf_ext.testing.strategy_base import refusal
@@ -262,6 +262,16 @@ def test_tokens_beyond_the_rows_of_a_model_are_not_fed_to_it():
     settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     ours = SpeculativeDecoding(draft, 4, tokenizer=mine, draft_tokenizer=other).generate(target, ids, **settings)
     assert ours.tolist() == target.generate(ids, **settings).tolist()
+
+
+def test_a_draft_model_that_reads_text_may_be_one_of_several_arms():
+    mine, other = in_characters(0), in_characters(0, 1)
+    target, (ids, mask) = writer(mine), tiny_models.prompts((9, 4))
+    settings = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    through_text = SpeculativeDecoding(renamed(target, mine, other), 3, tokenizer=mine, draft_tokenizer=other)
+    strategy = BanditSpec(arms=(through_text, SpeculativeDecoding(target, 2)))
+    assert strategy.generate(target, ids, **settings).tolist() == target.generate(ids, **settings).tolist()
+    assert min(strategy.report.details["pulls"]) > 0
 
 
 def test_tokenizers_may_come_from_the_call_and_one_alone_is_refused():

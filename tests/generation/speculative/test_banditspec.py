@@ -165,6 +165,22 @@ def test_what_was_learned_is_kept_on_request_only():
             strategy.generate(model, ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
             pulls.append(sum(strategy.report.details["pulls"]))
         assert (pulls[1] > pulls[0]) == keep, f"keep={keep}: {pulls} rounds"
+    for arms in ((PromptLookup(),), (PromptLookup(), TokenRecycling(), PromptLookup(3))):
+        strategy.arms = arms  # of which nothing has been learned
+        strategy.generate(model, ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
+        assert len(strategy.report.details["pulls"]) == len(arms)
+
+
+def test_draft_models_may_be_named_by_their_folder_and_then_are_loaded_once(tmp_path):
+    model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+    draft().save_pretrained(tmp_path)
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
+    reports = []
+    for named in (draft(), str(tmp_path)):
+        strategy = BanditSpec(draft_model=named)
+        strategy.generate(model, ids, **settings)
+        reports.append((strategy.report.details["pulls"], strategy.report.draft_calls))
+    assert reports[0] == reports[1]
 
 
 def test_arms_of_another_law_are_refused():

@@ -211,6 +211,17 @@ def test_a_head_of_another_target_or_kind_is_refused_before_any_work():
         Kangaroo(random_head(RecurrentDrafterHead, model))
 
 
+def test_a_head_that_is_trained_further_drafts_as_it_is_now():
+    target = tiny_models.build("llama").to(torch.bfloat16)  # for which the strategy has a copy of the head
+    head = random_head(KangarooHead, target)
+    strategy = Kangaroo(head)
+    assert strategy.head_for(target) is strategy.head_for(target)
+    with torch.no_grad():
+        head.out.weight.mul_(2)
+    assert torch.equal(strategy.head_for(target).out.weight, head.out.weight.to(torch.bfloat16))
+    assert strategy.head_for(tiny_models.shared("llama")) is head
+
+
 @pytest.mark.parametrize("options", [{"confidence": 1.5}, {"draft_tokens": -1}], ids=str)
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -152,6 +152,13 @@ def test_parts_that_are_left_out_come_back():
     assert 0 < weight_share(model, ["mlp.0"]) < weight_share(model, ["attention.1"]) < 1
 
 
+def test_experts_that_tell_more_than_states_can_be_left_out():
+    model, (ids, mask) = tiny_models.build("gpt_oss"), tiny_models.prompts((9, 4))
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "pad_token_id": tiny_models.PAD}
+    ours = DraftAndVerify(skip=("mlp.0", "attention.1"), draft_tokens=3).generate(model, ids, **settings)
+    same_tokens(ours, model.generate(ids, **settings), "drafts without experts")
+
+
 def test_nothing_left_out_drafts_nothing():
     ids, mask = tiny_models.prompts((9,))
     model = tiny_models.shared("llama")

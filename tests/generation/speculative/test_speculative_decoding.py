@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from hf_ext.generation.speculative_decoding import SpeculativeDecoding
 from hf_ext.testing import exactness, tiny_models
 from hf_ext.testing.strategy import StrategyConformance
+from hf_ext.testing.strategy_base import refusal
 
 
 def draft(kind: str = "llama", strength: float = 0.15):
@@ -37,4 +41,25 @@ def test_sampled_text_follows_the_law_of_generate(settings):
     exactness.assert_sampling_law(
         lambda model: SpeculativeDecoding(other, 3), model, draws=sizes["draws"], prompt=torch.tensor([[3, 1, 2, 1]]),
         **settings,
+    )  # fmt: skip
+
+
+def test_a_draft_model_with_adapters_drafts_as_it_is_adapted():
+    """As the same model with the adapters merged; a learned prompt is refused, since it would not be read."""
+    model, (ids, mask) = tiny_models.shared("llama"), tiny_models.prompts()
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(tiny_models.build("llama"), lora).eval()
+    reports = []
+    for other in (wrapped, copy.deepcopy(wrapped).merge_and_unload()):
+        strategy = SpeculativeDecoding(other, 3)
+        settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 16, "pad_token_id": 0}
+        assert strategy.generate(model, ids, **settings).tolist() == model.generate(ids, **settings).tolist()
+        reports.append((strategy.report.target_calls, strategy.report.accepted))
+    assert reports[0] == reports[1]
+    prompted = get_peft_model(
+        tiny_models.build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    refusal(
+        lambda: SpeculativeDecoding(prompted).generate(model, ids, attention_mask=mask, max_new_tokens=2),
+        "learned prompt", what="a draft model with a learned prompt",
     )  # fmt: skip
