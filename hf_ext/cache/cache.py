@@ -123,6 +123,8 @@ class CompressedCache(Cache):
             for budget in layer_budgets:
                 check_budget(budget)
         self.layer_budgets = None if layer_budgets is None else list(layer_budgets)
+        #: The first layer that is compressed; the others have seen what it has.
+        self.first = next(layer for layer in layers if isinstance(layer, CompressedLayer))
         self._check_quantise(any(layer.window is not None for layer in layers if isinstance(layer, CompressedLayer)))
         super().__init__(layers=layers, offloading=offloading)
 

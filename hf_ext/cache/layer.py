@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hf_ext import adapter
 from hf_ext.attention.backend import CACHE_LAYER
+from hf_ext.attention.packed import is_packed, unpack
 from hf_ext.cache.budget import tokens_of
 from hf_ext.cache.entries import Entries
 from hf_ext.cache.policy import CachePolicy, Selection
@@ -63,6 +64,46 @@ class Pass:
     module: nn.Module | None = None
 
 
+@dataclass
+class Attended:
+    """What a layer attended to in a pass, for layers of models that share its keys; it goes when the keys go.
+
+    Args:
+        layer: number of the layer in the model.
+        policy: name of the policy.
+        count: queries of the pass.
+        what: keys, values and mask; None if there is nothing left of them by now.
+    """
+
+    layer: int
+    policy: str
+    count: int
+    what: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def attend(
+        self, module: nn.Module, query: Tensor, mask: Tensor | None, scale: float | None, attend: Attend, *_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend with the queries of another layer; see `CompressedLayer.attend`.
+
+        Raises:
+            ValueError: what was attended to was not plain tensors.
+        """
+        if self.what is None:
+            raise ValueError(
+                f"another layer attends to the keys of layer {self.layer}, too, and {self.policy} packs or merges "
+                "them, keeps other tokens in every head or decides for every query: use a policy that does none of it "
+                "for models whose layers share keys"
+            )
+        keys, values, mask = self.what
+        count, held = query.shape[2], keys.shape[2]
+        if count < self.count:  # the model goes on with its last queries alone
+            if mask is None and count > 1:
+                mask = torch.ones(count, held, dtype=torch.bool, device=query.device).tril(held - count)[None, None]
+            elif mask is not None:
+                mask = (unpack(mask, self.count, held).dense() if is_packed(mask) else mask)[..., -count:, :]
+        return attend(query, keys, values, mask, False)[:2]
+
+
 class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
     """Keys and values of one layer; transformers' models use it as any cache layer.
 
@@ -101,7 +142,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         #: The last queries, for policies that look at several of them while decoding.
         self.queries: Tensor | None = None
         self.query_real: Tensor | None = None
-        self._new: tuple[Tensor, Tensor] | None = None
+        self._new: tuple[Tensor, Tensor, Tensor] | None = None
         self._offload_attended = False
 
     def _empty_store(self) -> DenseStore | PackedStore | RaggedStore:
@@ -186,10 +227,18 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         if len(key_states) != len(self.pads):
             raise ValueError(f"the cache holds {len(self.pads)} rows, the model runs {len(key_states)}")
+        first = self.cache.first
+        first._check_attended()
+        if self is not first and first.seen != self.seen + key_states.shape[2]:
+            raise ValueError(
+                f"layer {self.model_layer} has seen {self.seen} tokens and gets {key_states.shape[2]}, where layer "
+                f"{first.model_layer} has seen {first.seen} with them: an earlier pass ended between the two. Call "
+                "cache.reset() and read the text again, or go on with a copy.deepcopy(cache) made before that pass"
+            )
         if self.cache.by_backend():
-            self._new = (key_states, value_states)
             tagged = key_states.view_as(key_states)
             setattr(tagged, CACHE_LAYER, self)
+            self._new = (key_states, value_states, tagged)
             return tagged, value_states
         return self._update_for_others(key_states, value_states)
 
@@ -383,7 +432,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             from hf_ext.cache import attending_packed
 
         assert self._new is not None
-        (keys, values), self._new = self._new, None
+        (keys, values, tagged), self._new = self._new, None
         policy, count, before = self.policy, query.shape[2], self.seen
         given = attending.Given.of(mask, before, query)
         held = 0 if isinstance(self.store, RaggedStore) else len(self.store)
@@ -392,7 +441,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         step.sinks = sinks
         counts = policy.column_sums and self.drops()
         at_once = counts and not self.record_past
-        weights = None
+        weights = seen = None
         if isinstance(self.store, PackedStore) and attending_packed.reads_codes(self.store, query, given, plain):
             output, sums = attending_packed.attend_packed(self.store, query, given, step.scale, softcap, sinks)
             step.column_sums = sums if at_once else None
@@ -412,6 +461,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             )
         else:
             output = attending.attend_ragged(self, query, given, step.scale, softcap, sinks)
+        setattr(tagged, CACHE_LAYER, self._again(count, seen))
         all_queries = policy.queries < 0 or self.record_past or (counts and step.column_sums is None)
         last = count if all_queries else min(policy.queries, count)
         if last and (policy.queries or counts):
@@ -423,6 +473,13 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self.guarded = guard(self, query, keys, given.real, step.scale)
         self._finish(step)
         return output, weights
+
+    def _again(self, count: int, mask: Tensor | None) -> Attended:
+        """Return what layers attend to that share the keys of this pass, right after it and before any is dropped."""
+        found = Attended(self.model_layer, type(self.policy).__name__, count)
+        if isinstance(self.store, DenseStore) and self.store.bias is None and not self.policy.gated:
+            found.what = (self.store.keys, self.store.values, mask)
+        return found
 
     # What happens to a pass.
 

@@ -7,11 +7,12 @@ import gc
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
-from hf_ext.cache import H2O, AdaKV, CompressedCache, Knorm, StreamingLLM
+from hf_ext.cache import H2O, KIVI, AdaKV, CompressedCache, Knorm, StreamingLLM
 from hf_ext.testing import tiny_models
 from hf_ext.testing.cache_base import Script, passes
 
@@ -176,6 +177,7 @@ def test_offloading_moves_all_that_is_held():
     assert all(tensor.device.type == "cpu" for tensor in cache._tensors())
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("implementation", ["hf_ext", "sdpa"])
 def test_a_layer_is_offloaded_after_its_attention(implementation, monkeypatch):
     """Transformers offloads at the end of `update`, before the attention of "hf_ext" has read what is held."""
@@ -274,8 +276,6 @@ def test_models_that_count_distances_by_entries_are_refused():
 
 def test_caches_of_something_else_than_keys_run_under_other_attention():
     """Multi-head latent attention: exact under sdpa, and refused in words where it has to come back."""
-    import transformers
-
     config = transformers.DeepseekV3Config(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
@@ -289,9 +289,9 @@ def test_caches_of_something_else_than_keys_run_under_other_attention():
     assert script.compressed.held() == [6, 6]
     model.set_attn_implementation("hf_ext")
     cache = CompressedCache(model.config, Knorm(budget=6))
-    model(ids[:1], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"has not come back.*latent attention does, runs under 'sdpa'"):
-        cache.columns(0)
+    for run in (lambda: model(ids[:1], past_key_values=cache), lambda: cache.columns(0)):
+        with pytest.raises(ValueError, match=r"has not come back.*latent attention does, runs under 'sdpa'"):
+            run()
 
 
 def test_weights_of_uneven_heads_are_refused():
@@ -314,6 +314,79 @@ def test_a_model_with_more_layers_is_refused():
     cache = CompressedCache(tiny_models.build("llama", num_hidden_layers=1).config, Knorm(budget=6))
     with pytest.raises(ValueError, match="a model of 1 layers, and this one has more"):
         tiny_models.shared("llama")(torch.arange(1, 13)[None], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["hf_ext", "sdpa"])
+def test_a_cache_that_a_broken_pass_left_behind_is_refused_until_it_is_reset(implementation: str) -> None:
+    model, ids = model_of(implementation=implementation), torch.arange(1, 13)[None]
+    cache = CompressedCache(model.config, Knorm(budget=6))
+    model(ids, past_key_values=cache)
+    before, expected = copy.deepcopy(cache), model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    values = model.model.layers[1].self_attn.v_proj
+    hook = values.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids[:, :1], past_key_values=cache)
+    hook.remove()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"layer 1 has seen 12 tokens.*cache\.reset\(\)"):
+            model(ids[:, :1], past_key_values=cache)
+    assert torch.equal(model(ids[:, :1], past_key_values=before).logits, expected)
+    cache.reset()
+    model(ids, past_key_values=cache)
+    assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, expected)
+
+
+def model_that_shares_keys(name: str) -> PreTrainedModel:
+    """Return a model whose last two layers read the keys of the two before them."""
+    shape = {
+        "vocab_size": tiny_models.VOCABULARY, "vocab_size_per_layer_input": tiny_models.VOCABULARY, "hidden_size": 32,
+        "hidden_size_per_layer_input": 8, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "sliding_window": 8,
+        "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "pad_token_id": 0,
+        "eos_token_id": None, "bos_token_id": 1,
+    }  # fmt: skip
+    if name == "Gemma3n":
+        shape |= {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+        shape["intermediate_size"] = [48] * 4
+    else:
+        shape |= {"global_head_dim": 16, "use_double_wide_mlp": False}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}TextConfig")(**shape)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Gemma3n", "Gemma4"])  # the latter's last layers run for the last queries alone
+def test_layers_that_share_keys_attend_to_what_the_layer_they_are_of_attended_to(name: str) -> None:
+    model = model_that_shares_keys(name)
+    ids, mask = tiny_models.prompts((20, 13))
+
+    def logits(implementation: str, cache: object, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        model.set_attn_implementation(implementation)
+        found = []
+        for part in passes(20, (14, 1, 1, 1, 3)):
+            given = {"attention_mask": mask[:, : part.stop], "past_key_values": cache, "logits_to_keep": 1}
+            found.append(model(ids[:, part], **given).logits[:, -1])
+        return torch.cat(found, dim=1)
+
+    expected = logits("eager", DynamicCache(config=model.config), ids, mask)
+    for options in ({}, {"sliding": "compress"}):
+        for policy in (H2O(budget=1.0), H2O(budget=64), Knorm(budget=1.0)):
+            found = logits("hf_ext", CompressedCache(model.config, policy, **options), ids, mask)
+            gap = (found - expected).abs().max().item()
+            assert gap < 2e-5, f"{policy} {options}: the largest difference is {gap:.2e}"
+    # Under another attention the layers read the very tensors; both drop the same.
+    one, real = ids[:1], mask[:1]
+    dropped = [
+        logits(name, CompressedCache(model.config, StreamingLLM(budget=6)), one, real) for name in ("sdpa", "hf_ext")
+    ]
+    gap = (dropped[0] - dropped[1]).abs().max().item()
+    assert gap < 2e-5, f"the largest difference is {gap:.2e}"
+    assert (dropped[0] - expected[:1]).abs().max() > 1e-3
+    for policy in (AdaKV(policy=Knorm(budget=6)), KIVI(group=4, residual=4)):
+        with pytest.raises(ValueError, match="another layer attends to the keys of layer 1"):
+            logits("hf_ext", CompressedCache(model.config, policy), ids, mask)
 
 
 @pytest.mark.parametrize(
