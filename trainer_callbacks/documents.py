@@ -103,8 +103,8 @@ def documents_of(batch: Mapping[str, Any], *, encoder_decoder: bool = False) -> 
         if name.startswith(("cu_seq_lens", "seq_idx")):
             raise ValueError(
                 f"the collator flattens rows ({name}), so that documents cannot change their length any more; "
-                "rewrite the data before packing: dataset.map(objective.map(tokenizer), batched=True); an objective that "
-                "changes the attention, too, and so has no map, takes a collator that pads rows or gives position_ids"
+                "rewrite the data before packing: dataset.map(objective.map(tokenizer), batched=True); an objective "
+                "that changes the attention, too, and has no map, takes a collator that pads rows or gives position_ids"
             )
         if name not in KNOWN and isinstance(value, Tensor) and value.shape[:2] == ids.shape:
             raise ValueError(f"{name} has a value for each token, which cannot follow its token; drop it")
