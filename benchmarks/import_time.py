@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hf_ext.cli.output import CliError
 from hf_ext.verify.stamp import hardware, versions
 
 #: What is imported before hf_ext; the time of `import hf_ext` itself is taken inside the process.
@@ -69,13 +70,19 @@ def measure(runs: int, before: Sequence[str] = tuple(BEFORE)) -> dict[str, dict[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and write the record if hf_ext is used from a checkout."""
+    """Measure, print a table, and write the record if hf_ext is used from a checkout.
+
+    Raises:
+        CliError: there are too few runs for quartiles.
+    """
     here = Path(__file__).resolve().parent
     default = here / "results" / "import_time.json" if (here.parent / "pyproject.toml").is_file() else None
     parser = argparse.ArgumentParser(prog="hf-ext bench import_time", description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--out", type=Path, default=default, help="where to write the record")
     arguments = parser.parse_args(argv)
+    if arguments.runs < 2:
+        raise CliError(f"--runs must be 2 at least, for the quartiles, got {arguments.runs}")
     results = measure(arguments.runs)
     for name, figures in results.items():
         interval = f"[{figures['quartile_low_ms']:.2f}, {figures['quartile_high_ms']:.2f}]"
