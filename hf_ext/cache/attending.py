@@ -17,7 +17,8 @@ from hf_ext.cache.stores.dense import DenseStore
 from hf_ext.cache.stores.packed import PackedStore
 
 if TYPE_CHECKING:
-    from hf_ext.cache.layer import CompressedLayer, Pass
+    from hf_ext.cache.layer import CompressedLayer
+    from hf_ext.cache.passes import Pass
     from hf_ext.cache.policy import Seen
 
 
