@@ -16,6 +16,8 @@ from hf_ext.benchmarks.speculative_figures import spread
 
 #: What a budget leaves of a text.
 RATIO = 0.5
+#: The seconds of a prefill and of a decoded token, of a method and of the full cache beside it.
+Pair = tuple[tuple[float, float], tuple[float, float]]
 
 
 def model_of(layers: int = 8, hidden: int = 512, width: int = 64, room: int = 16384) -> LlamaForCausalLM:
@@ -29,19 +31,34 @@ def model_of(layers: int = 8, hidden: int = 512, width: int = 64, room: int = 16
 
 
 @torch.no_grad()
-def once(model: Any, method: Method, ids: torch.Tensor, tokens: int) -> tuple[float, float]:
-    """Return the seconds of a prefill, and the median seconds of a decoded token after it."""
+def read(model: Any, method: Method, ids: torch.Tensor) -> tuple[Any, torch.Tensor, float]:
+    """Return the cache after a prefill, the next token, and the seconds."""
     model.set_attn_implementation(method.implementation)
     cache = method.cache(model, RATIO, ids.shape[1])
     start = time.perf_counter()
     token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    prefill = time.perf_counter() - start
-    spent = []
+    return cache, token, time.perf_counter() - start
+
+
+@torch.no_grad()
+def beside(model: Any, method: Method, full: Method, ids: torch.Tensor, tokens: int) -> Pair:
+    """Time a method and the full cache in turns, token by token: what slows the machine down slows both.
+
+    Returns:
+        The seconds of a prefill and the median seconds of a decoded token, of the method and of the full cache.
+    """
+    pair = (method, full)
+    states = [read(model, one, ids) for one in pair]
+    last = [token for _, token, _ in states]
+    spent: tuple[list[float], list[float]] = ([], [])
     for _ in range(tokens):
-        start = time.perf_counter()
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        spent.append(time.perf_counter() - start)
-    return prefill, statistics.median(spent)
+        for at, one in enumerate(pair):
+            model.set_attn_implementation(one.implementation)
+            start = time.perf_counter()
+            last[at] = model(last[at], past_key_values=states[at][0]).logits[:, -1:].argmax(-1)
+            spent[at].append(time.perf_counter() - start)
+    own, base = [(state[2], statistics.median(times)) for state, times in zip(states, spent, strict=True)]
+    return own, base
 
 
 def speed(
@@ -63,12 +80,13 @@ def speed(
         tell: called with a line from time to time.
 
     Returns:
-        A row for each method: medians, and the median of the ratios to the full cache within a round with its 95 %
-        bootstrap interval.
+        A row for each method: medians, and the median over rounds of the ratio to the full cache beside it with its
+        95 % bootstrap interval.
     """
     ids = torch.randint(2, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     chosen = [m for m in methods(short=False) if not only or m.name in only or m.name == FULL]
-    times: dict[str, list[tuple[float, float]]] = {method.name: [] for method in chosen if not method.problem}
+    [full] = [method for method in chosen if method.name == FULL]
+    times: dict[str, list[Pair]] = {method.name: [] for method in chosen if not method.problem}
     problems = {method.name: method.problem for method in chosen if method.problem}
     order, rng = [method for method in chosen if not method.problem], random.Random(0)
     for turn in range(rounds + 1):
@@ -77,14 +95,13 @@ def speed(
             if method.name in problems:
                 continue
             try:
-                found = once(model, method, ids, tokens)
+                found = beside(model, method, full, ids, tokens)
             except Exception as error:
                 problems[method.name] = reason(error)
                 continue
             if turn:
                 times[method.name].append(found)
         tell(f"speed: round {turn} of {rounds}")
-    base = times[FULL]
     rows = []
     for method in chosen:
         row: dict[str, Any] = {"method": method.name, "kind": method.kind}
@@ -92,9 +109,8 @@ def speed(
             rows.append({**row, "problem": problems[method.name]})
             continue
         for at, name in enumerate(("prefill", "decode")):
-            own = [found[at] for found in times[method.name]]
-            ratios = [a / b[at] for a, b in zip(own, base, strict=True)]
-            row |= {f"{name}_ms": 1e3 * statistics.median(own), f"{name}_ratio": statistics.median(ratios),
-                    f"{name}_spread": list(spread(ratios))}  # fmt: skip
+            ratios = [own[at] / base[at] for own, base in times[method.name]]
+            row |= {f"{name}_ms": 1e3 * statistics.median(own[at] for own, _ in times[method.name]),
+                    f"{name}_ratio": statistics.median(ratios), f"{name}_spread": list(spread(ratios))}  # fmt: skip
         rows.append(row)
     return rows
