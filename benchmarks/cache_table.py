@@ -17,9 +17,9 @@ the question and one token of the answer, as a share of a full cache. Text and b
 comes after the text was compressed (*unaware*) or with it (*aware*; the first token of the answer is known before
 anything is dropped then and does not count, so that needles have no such part). kvpress runs in its own environment on
 the same weights and tokens, at the same nominal ratio; "equal bytes" is our method with so few tokens that it holds no
-more bytes than kvpress's. kvpress's per-head methods mask instead of dropping: their bytes are those they hold. *To full
-cache* is the ratio to a full cache beside the method, read just after it and decoded in turns with it, token by token; it
-is the median over rounds with its 95 % bootstrap interval, and the full cache's own row is that of two full caches."""
+more bytes than kvpress's. kvpress's per-head methods mask instead of dropping: their bytes are those they hold. *To
+full cache* is the ratio to a full cache beside the method, read just after it and decoded in turns with it, token by
+token: the median over rounds with its 95 % bootstrap interval; the full cache's own row is that of two full caches."""
 
 
 def groups(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[tuple[Any, ...], list[Cell]]]:
