@@ -869,6 +869,16 @@ def prepared_inputs(trainer: Any, batch: Mapping[str, Any]) -> Any:
     return trainer._prepare_inputs(dict(batch))
 
 
+def has_causal_loss(model: Any) -> bool:
+    """Tell whether a model's loss is transformers' own next-token loss, not one that somebody gave it.
+
+    Stands on `PreTrainedModel.loss_function`, `_loss_function` behind it, and `LOSS_MAPPING`.
+    """
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    return "_loss_function" not in vars(model) and model.loss_function is LOSS_MAPPING["ForCausalLM"]
+
+
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
     """Return the trainer that is calling this callback, None if none is.
 

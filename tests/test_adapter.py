@@ -902,3 +902,13 @@ def test_calling_trainer(tmp_path: Path) -> None:
         assert adapter.calling_trainer(asking) is None
         trainer.train()
         assert asking.found is trainer
+
+
+def test_has_causal_loss() -> None:
+    with stands_on("PreTrainedModel.loss_function, _loss_function, and LOSS_MAPPING"):
+        model = tiny_models.build("llama")
+        assert adapter.has_causal_loss(model)
+        model.loss_function = lambda *args, **kwargs: None
+        assert not adapter.has_causal_loss(model)
+        del model._loss_function
+        assert adapter.has_causal_loss(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import TrainingArguments
+
+from hf_ext.layers import base_model
 
 if TYPE_CHECKING:
     from hf_ext.trainer_callbacks.objective import Objective
@@ -50,6 +53,21 @@ def refuse_company(objective: Objective, others: list[Objective]) -> None:
                 f"{objective.name} cannot be combined with {other.name}: {reason}. "
                 "Train with one of them at a time, or remove the other one from the callbacks."
             )
+
+
+def refuse_balanced_experts(objective: Objective, model: nn.Module) -> None:
+    """Raise for a mixture of experts whose loss balances them: it counts the tokens by a mask that is no more there.
+
+    Raises:
+        ValueError: says which option of the model, and what to do.
+    """
+    config: Any = base_model(model).config
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"{objective.name} puts a mask of who sees whom in the place of the mask of padding, which "
+            f"{type(base_model(model)).__name__} needs to balance its experts: set "
+            "model.config.output_router_logits = False, which leaves that term out of the loss."
+        )
 
 
 def _reason(one: Objective, other: Objective) -> str | None:

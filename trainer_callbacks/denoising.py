@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import Tensor
 from hf_ext.attention import AttentionStructure, Tokens, masks_for
 from hf_ext.attention.structure import NEVER
 from hf_ext.layers import base_model
+from hf_ext.trainer_callbacks.conflicts import refuse_balanced_experts
 from hf_ext.trainer_callbacks.documents import Document
 from hf_ext.trainer_callbacks.noise import document_positions
 from hf_ext.trainer_callbacks.rewriting import Rewriting
@@ -126,7 +127,12 @@ def structure_of(kinds: Tensor, inputs: Mapping[str, Any]) -> AttentionStructure
 
 
 class Denoising(Rewriting):
-    """Base of the objectives whose documents are read both ways; see the module's head."""
+    """Base of the objectives whose documents are read both ways; see the module's head.
+
+    Few tokens of them are predicted, so that logits are made of these alone where nobody else reads them.
+    """
+
+    few_targets: ClassVar[bool] = True
 
     def setup(self, model: Any, processing_class: Any, args: Any) -> None:
         """Keep the model, whose attention decides which form the masks take."""
@@ -135,12 +141,15 @@ class Denoising(Rewriting):
                 f"{self.name} lifts the causal mask of a decoder-only model; {type(base_model(model)).__name__} is an "
                 "encoder-decoder, whose encoder looks both ways already: train that with UL2"
             )
+        if getattr(self, "share", 1.0):
+            refuse_balanced_experts(self, model)
         super().setup(model, processing_class, args)
         self._model = base_model(model)
 
     def corrupt(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Take the column out of the batch and say the same in the attention mask."""
         kinds = inputs.pop(COLUMN, None)
+        self._targets_only = kinds is not None
         if kinds is None:
             return inputs
         self.record("denoised_share", (kinds > CAUSAL).sum(), (kinds > 0).sum())

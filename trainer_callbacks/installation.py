@@ -18,6 +18,7 @@ from hf_ext.trainer_callbacks.clean_loss import shifted_targets
 from hf_ext.trainer_callbacks.conflicts import refuse_company
 from hf_ext.trainer_callbacks.logits_readers import reader_of_logits
 from hf_ext.trainer_callbacks.plain_head import PlainHead
+from hf_ext.trainer_callbacks.targets_only import TargetsOnly
 
 if TYPE_CHECKING:
     from hf_ext.trainer_callbacks.objective import Objective
@@ -52,6 +53,7 @@ class Installation:
         self._layer_handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self.head: PlainHead | None = None
+        self.targets_only: TargetsOnly | None = None
         if objective.can_leave_out_logits and objective.without_logits is not False:
             self._leave_out_logits(objective, model, args, trainer)
         self._batch: dict[str, Any] = {}
@@ -100,14 +102,17 @@ class Installation:
         reason = None if objective.without_logits else reader_of_logits(objective, model, args, trainer)
         if reason is None:
             try:
-                self.head = PlainHead(model)
+                if objective.few_targets:
+                    self.targets_only = TargetsOnly(model)
+                else:
+                    self.head = PlainHead(model)
             except ValueError as error:
                 if objective.without_logits:
                     raise
                 reason = str(error)
-        self.lines.append(f"nothing for the head: logits are built, since {reason}" if self.head is None
-                          else self.head.line)  # fmt: skip
-        if self.head is None:
+        head = self.head if self.targets_only is None else self.targets_only.head
+        self.lines.append(f"nothing for the head: logits are built, since {reason}" if head is None else head.line)
+        if head is None:
             logger.info("%s: logits are built, since %s", objective.name, reason)
 
     def _hook_layers(self, objective: Objective, model: nn.Module) -> None:
@@ -135,6 +140,8 @@ class Installation:
         self._undo.clear()
         if self.head is not None:
             self.head.remove()
+        if self.targets_only is not None:
+            self.targets_only.remove()
         for handle in self._layer_handles:
             handle.remove()
         self._states.clear()

@@ -81,7 +81,8 @@ class Objective(Hooks, TrainerCallback):
             hidden states, a part at a time. For objectives with `statistics_loss` or `distribution_loss`, on models
             whose logits are those of their head alone, up to a scale or soft-capping. None does so where
             the model allows it and nobody else reads the logits (a trainer with a `compute_loss` of its own
-            may, SFTTrainer for one); `installed()` says which. False for never.
+            may, SFTTrainer for one); `installed()` says which. False for never. Objectives with `few_targets` that
+            do not replace the loss leave out the logits that have no target, under the same conditions.
 
     Example:
         >>> @dataclass(eq=False)
@@ -101,6 +102,8 @@ class Objective(Hooks, TrainerCallback):
     paper: ClassVar[str] = ""
     #: which of "entropy", "expectation", "best" `statistics_loss` reads beside the `nll`
     statistics_needed: ClassVar[frozenset[str]] = frozenset()
+    #: whether passes leave so few targets that the model's own loss is computed of these alone; see `targets_only`
+    few_targets: ClassVar[bool] = False
     #: whether `statistics_loss` of all targets is the sum of those of any parts of them; then it may be asked in parts
     additive: ClassVar[bool] = True
 
@@ -113,6 +116,7 @@ class Objective(Hooks, TrainerCallback):
             raise ValueError(f"clean_loss_every must be None, 0 or a number of steps, got {self.clean_loss_every}")
         if self.without_logits and not self.can_leave_out_logits:
             raise ValueError(f"{self.name} needs the logits (it has no statistics_loss); drop without_logits=True")
+        self._targets_only = False
         self._installation: Installation | None = None
         self._meters = Meters()
         self._attached = False
@@ -158,7 +162,7 @@ class Objective(Hooks, TrainerCallback):
     @property
     def can_leave_out_logits(self) -> bool:
         """Whether the loss can do without the logits of all tokens."""
-        return any(self.has(hook) for hook in WITHOUT_LOGITS)
+        return self.few_targets or any(self.has(hook) for hook in WITHOUT_LOGITS)
 
     @property
     def replaces_loss(self) -> str | None:
@@ -309,7 +313,8 @@ class Objective(Hooks, TrainerCallback):
             self._installation.begin(inputs, self.states_needed() if self.has("loss_on_hidden") else ())
             if self._installation.head is not None and (self.without_logits or not self.is_plain()):
                 inputs = self._installation.head.begin(inputs)
-        return inputs
+        # the last one on the model knows what all have made of the batch
+        return _without_idle_logits(here, inputs) if here[-1:] == [self] else inputs
 
     def _corrupted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if inputs.get("input_ids") is None:
@@ -394,6 +399,17 @@ def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int:
         return math.ceil(len(loader) / args.gradient_accumulation_steps)
     except TypeError:  # an iterable dataset has no length
         return STEPS_WITHOUT_EPOCH_LENGTH
+
+
+def _without_idle_logits(objectives: list[Objective], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Ask for no logits where one of the objectives left few targets, and all that reads them is the model's loss."""
+    if inputs.get("labels") is None or any(one.replaces_loss for one in objectives):
+        return inputs
+    for one in objectives:
+        installation = one._installation
+        if one._targets_only and installation is not None and installation.targets_only is not None:
+            return installation.targets_only.begin(inputs)
+    return inputs
 
 
 def _measured_by_a_pass(objectives: list[Objective]) -> bool:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from hf_ext.attention import AttentionStructure, masks_for
 from hf_ext.trainer_callbacks import noise
+from hf_ext.trainer_callbacks.conflicts import refuse_balanced_experts
 from hf_ext.trainer_callbacks.objective import Objective
 
 
@@ -56,6 +57,8 @@ class PrefixLMTraining(Objective):
 
     def setup(self, model: nn.Module, processing_class: Any, args: TrainingArguments) -> None:
         """Keep the model, whose attention decides which form the masks take."""
+        if self.share:
+            refuse_balanced_experts(self, model)
         self._model = model
 
     def corrupt(self, inputs: dict[str, Any]) -> dict[str, Any]:

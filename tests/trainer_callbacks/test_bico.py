@@ -5,20 +5,23 @@ from typing import ClassVar
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from hf_ext import adapter
 from hf_ext.attention import AttentionStructure, masks_for
 from hf_ext.attention.by_hand import attended, probabilities, scores
 from hf_ext.attention.intercept import intercept
 from hf_ext.attention.rotary import Rotary
+from hf_ext.kernels.linear_loss import linear_loss
 from hf_ext.testing.objective import ObjectiveInProcess
 from hf_ext.testing.objective_processes import tiny_tokenizer
-from hf_ext.testing.objective_training import BOS, EOS, MASK, PAD, collate, examples, tiny_model, train
+from hf_ext.testing.objective_training import BOS, EOS, MASK, PAD, collate, examples, logged, tiny_model, train
 from hf_ext.testing.tiny_models import build
 from hf_ext.trainer_callbacks.bico import BICO
 from hf_ext.trainer_callbacks.denoising import CAUSAL, COLUMN, HIDDEN, SEEN, structure_of
 from hf_ext.trainer_callbacks.documents import Document
 from hf_ext.trainer_callbacks.mirror import Mirror
+from hf_ext.trainer_callbacks.prefix_lm import PrefixLMTraining
 
 
 class TestBICO(ObjectiveInProcess):
@@ -181,6 +184,59 @@ def test_packed_rows_train_what_padded_rows_train():
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+class Adding(LlamaForCausalLM):
+    """A model that adds something to its loss."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
+        kwargs |= {"attention_mask": attention_mask, "labels": labels, "logits_to_keep": logits_to_keep}
+        found = super().forward(input_ids, **kwargs)
+        if found.loss is not None:
+            found.loss = found.loss + self.lm_head.weight.square().mean()
+        return found
+
+
+def test_logits_are_made_of_targets_alone_and_the_loss_is_the_models_own(monkeypatch):
+    """What the model adds to its loss stays, and so does a loss that somebody gave it."""
+    seen = []
+
+    def spy(hidden, weight, targets, *args, **kwargs):
+        seen.append((len(hidden), int((targets == -100).sum())))
+        return linear_loss(hidden, weight, targets, *args, **kwargs)
+
+    monkeypatch.setattr("hf_ext.kernels.linear_loss.linear_loss", spy)
+    found = []
+    for without in (False, None):
+        trained = Adding(tiny_model().config)
+        trained.load_state_dict(tiny_model().state_dict())
+        options = {"mask_token": MASK, "mask_ratio": 0.2, "share": 0.9}
+        trainer = train(trained, BICO(**options, without_logits=without), max_steps=2, gradient_accumulation_steps=2)
+        found.append([torch.tensor(logged(trainer, "loss")), *(p.detach() for p in trained.parameters())])
+        assert len(seen) == (0 if without is False else 4)
+        assert "_loss_function" not in vars(trained)
+    assert all(rows < 60 and unlabelled == 0 for rows, unlabelled in seen), f"of 8 rows, these have logits: {seen}"
+    difference = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    assert difference < 1e-4, f"losses and weights differ by up to {difference:.3g}"
+    mine = tiny_model()
+    mine.loss_function = lambda logits, labels, **rest: logits.float().square().mean()
+    seen.clear()
+    train(mine, BICO(mask_token=MASK), max_steps=1)
+    assert not seen, "a loss that the user gave was left out"
+
+
+def test_a_forward_pass_that_raises_leaves_the_models_loss():
+    def broken(layer, args, output):
+        if layer.training:
+            raise OSError("no memory")
+
+    model, objective = tiny_model(), BICO(mask_token=MASK)
+    model.model.layers[1].register_forward_hook(broken)
+    with pytest.raises(OSError, match="no memory"):
+        train(model, objective)
+    assert "_loss_function" in vars(model), "the pass was to compute its loss of the targets alone"
+    objective.remove()
+    assert "_loss_function" not in vars(model)
+
+
 def test_the_mask_is_the_tokenizers_or_else_the_padding_token():
     objective = BICO()
     objective.resolve(tiny_tokenizer(mask_token="w9"), tiny_model().config)
@@ -196,6 +252,12 @@ def test_learned_positions_are_refused_with_the_way_out():
         train(build("gpt2"), BICO(mask_token=MASK))
     trainer = train(build("gpt2"), BICO(mask_token=MASK, mirror=False), max_steps=1)
     assert trainer.state.log_history[0]["masked_share"] > 0
+
+
+@pytest.mark.parametrize("objective", [BICO(mask_token=MASK), PrefixLMTraining()])
+def test_experts_that_are_balanced_by_the_mask_of_padding_are_refused(objective):
+    with pytest.raises(ValueError, match=rf"{objective.name} puts a mask.*output_router_logits = False"):
+        train(build("gpt_oss", output_router_logits=True), objective)
 
 
 def test_encoder_decoders_are_refused():
