@@ -26,7 +26,6 @@ class RaggedRows:
         run: the decoding call.
 
     Attributes:
-        ids: `(1, length so far)` int64 of every row.
         finished: whether a row is done.
 
     Raises:
@@ -40,7 +39,9 @@ class RaggedRows:
         if batch > 1 and run.pad_token_id is None and not all(hasattr(c, "max_length") for c in run.stopping_criteria):
             raise ValueError("rows may end at different lengths; pass pad_token_id to fill up the shorter ones")
         self.run = run
-        self.ids = list(run.input_ids.split(1))
+        self._ids = list(run.input_ids.split(1))
+        #: tokens of every row that are not among its ids yet: who needs the ids lays them out, most steps need none
+        self._waiting: list[list[int]] = [[] for _ in range(batch)]
         self.finished = [False] * batch
         self.scores: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self.logits: list[list[torch.Tensor]] = [[] for _ in range(batch)]
@@ -53,9 +54,18 @@ class RaggedRows:
         self._look_back = LookBack(run)
         self._streamed = 0
 
+    @property
+    def ids(self) -> list[torch.Tensor]:
+        """`(1, length so far)` int64 of every row."""
+        for row, tokens in enumerate(self._waiting):
+            if tokens:
+                self._ids[row] = torch.cat([self._ids[row], self._ids[row].new_tensor([tokens])], dim=1)
+                self._waiting[row] = []
+        return self._ids
+
     def length(self, row: int) -> int:
         """Return the number of new tokens of a row."""
-        return self.ids[row].shape[1] - self.run.prompt_length
+        return self._ids[row].shape[1] + len(self._waiting[row]) - self.run.prompt_length
 
     def with_tokens(self, row: int, tokens: torch.Tensor) -> torch.Tensor:
         """Return `(lanes, length)` ids of a row followed by `(lanes, n)` tokens."""
@@ -111,7 +121,7 @@ class RaggedRows:
     def accept(
         self,
         row: int,
-        tokens: torch.Tensor,
+        tokens: torch.Tensor | list[int],
         finished: bool,
         scores: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
@@ -120,14 +130,15 @@ class RaggedRows:
 
         Args:
             row: the row of the batch.
-            tokens: `(n,)` int64.
+            tokens: `(n,)` int64, or a list.
             finished: whether the row is done with them.
             scores: `(n, vocabulary)` processed scores, where the caller wants them.
             logits: likewise the raw logits.
         """
-        self.ids[row] = self.with_tokens(row, tokens[None])
-        self.finished[row] = finished
-        self.run.unfinished[row] = not finished
+        self._waiting[row] += tokens if isinstance(tokens, list) else tokens.tolist()
+        if finished != self.finished[row]:
+            self.finished[row] = finished
+            self.run.unfinished[row] = not finished
         if self.run.keep_scores and scores is not None:
             self.scores[row] += scores.split(1)
         if self.run.keep_logits and logits is not None:

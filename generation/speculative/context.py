@@ -57,6 +57,7 @@ class DraftContext:
                 self._max_length = min(self._max_length, int(criterion.max_length))
             else:
                 self._other_criteria = True
+        self._most_new = self._max_length - run.prompt_length
 
     @property
     def target(self) -> TreeState:
@@ -75,7 +76,7 @@ class DraftContext:
 
     def room(self, lane: int) -> int:
         """Return how many tokens the lane's row may still get."""
-        return self._max_length - self.rows.ids[self.lanes[lane]].shape[1]
+        return self._most_new - self.rows.length(self.lanes[lane])
 
     def useful_depth(self, wanted: int) -> int:
         """Return how deep a tree is worth drafting: the last token of a step is not drafted."""

@@ -96,8 +96,9 @@ class _Loop:
         """Decode until every row is done, here and in synchronised processes."""
         run = self.decoding
         self._read_prompts()
-        while run.running:
-            if run.any_unfinished:
+        # Synchronised processes ask each other before every step; one alone has to when its own rows are done.
+        while (self.context.lanes and not run.synced_gpus) or run.running:
+            if self.context.lanes:
                 self._step()
             else:
                 self._wait()
@@ -158,8 +159,8 @@ class _Loop:
         with self.ledger.time("draft"):
             tree = self.drafter.propose(context)
         rest = time.perf_counter()
-        roots = torch.tensor([[text[-1]] for text in context.texts], device=context.device)
-        tokens = torch.cat([roots, tree.tokens], dim=1) if tree.nodes else roots
+        lines = [[text[-1], *row] for text, row in zip(context.texts, tree.listed, strict=True)]
+        tokens = torch.tensor(lines, device=context.device)
         parents = [(-1, *(parent + 1 for parent in row)) for row in tree.parents]
         verifying = time.perf_counter()
         with self.drafter.verifying(context, tree):
@@ -191,8 +192,8 @@ class _Loop:
             scores = torch.stack(outcome.scores) if outcome.scores else None
             logits = torch.stack(outcome.logits) if outcome.logits else None
             count, done = context.cut(lane, outcome.tokens, scores)
-            tokens = torch.tensor(outcome.tokens[:count], device=context.device)
-            context.texts[lane] += outcome.tokens[:count]
+            tokens = outcome.tokens[:count]
+            context.texts[lane] += tokens
             self._check_places(lane)
             self.rows.accept(
                 context.lanes[lane], tokens, done,

@@ -107,6 +107,12 @@ class DraftTree:
         filled = torch.tensor(table, dtype=torch.long, device=device).view(len(tokens), nodes)
         return cls(filled, above, sizes=sizes)
 
+    @functools.cached_property
+    def listed(self) -> list[list[int]]:
+        """The tokens of each lane, padding included, as lists."""
+        found: list[list[int]] = self.tokens.tolist()
+        return found
+
     @property
     def lanes(self) -> int:
         """Trees side by side."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
+import numpy as np
 import torch
 
 from hf_ext.generation.speculative.context import DraftContext, Outcome
-from hf_ext.generation.speculative.sampling import draw_tokens
+from hf_ext.generation.speculative.sampling import arrays, draw_tokens
 from hf_ext.generation.speculative.tree import DraftTree
 
 #: Decides at one node; see `hf_ext.generation.speculative.acceptance`.
@@ -41,23 +42,20 @@ def verify(
 
 
 def _likeliest(tree: DraftTree, logits: torch.Tensor) -> list[Outcome]:
-    """Greedy decoding without processors: one argmax for all nodes."""
-    best = logits.argmax(-1).tolist()
-    drafted = tree.tokens.tolist()
+    """Greedy decoding without processors: on a CPU an argmax for each node on the way, elsewhere one for all nodes."""
+    best = arrays(logits) if logits.device.type == "cpu" else logits.argmax(-1).tolist()
     outcomes = []
-    for lane, likeliest in enumerate(best):
-        below = {
-            (parent, token): node
-            for node, (parent, token) in reversed(list(enumerate(
-                zip(tree.parents[lane][: tree.size(lane)], drafted[lane], strict=False)
-            )))
-        }  # fmt: skip
+    for lane, drafted in enumerate(tree.listed):
+        lines = best[lane]
         nodes: list[int] = []
-        tokens = [likeliest[0]]
-        node = -1
-        while (node := below.get((node, tokens[-1]), -1)) >= 0:
-            nodes.append(node)
-            tokens.append(likeliest[node + 1])
+        tokens = [int(lines[0].argmax()) if isinstance(lines, np.ndarray) else lines[0]]
+        at = -1
+        # A child stands behind its parent, so that one pass finds the whole way.
+        for node, (parent, token) in enumerate(zip(tree.parents[lane][: tree.size(lane)], drafted, strict=False)):
+            if parent == at and token == tokens[-1]:
+                nodes.append(node)
+                tokens.append(int(lines[node + 1].argmax()) if isinstance(lines, np.ndarray) else lines[node + 1])
+                at = node
         outcomes.append(Outcome(nodes, tokens, [], []))
     return outcomes
 
@@ -67,19 +65,22 @@ def _walk(tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: Ru
     run = context.run
     outcomes = [Outcome([], [], [], []) for _ in range(tree.lanes)]
     below = [tree.children(lane) for lane in range(tree.lanes)]
-    drafted = tree.tokens.tolist()
+    drafted = tree.listed
     at = [-1] * tree.lanes
     walking = list(range(tree.lanes))
     while walking:
-        lines = logits[walking, [at[lane] + 1 for lane in walking]]
+        lines = _lines(logits, walking, at)
         scores = context.process(walking, [outcomes[lane].tokens for lane in walking], lines)
         children = [below[lane].get(at[lane], []) for lane in walking]
         if context.greedy:
-            chosen = scores.argmax(-1).tolist()
+            chosen = (arrays(scores) if scores.device.type == "cpu" else scores).argmax(-1).tolist()
         else:
             laws = [_law(tree, lane, at[lane]) for lane in walking]
             texts = [[drafted[lane][node] for node in nodes] for lane, nodes in zip(walking, children, strict=True)]
-            chosen = draw(scores.softmax(-1), laws, texts, rule)
+            if tree.nodes:
+                chosen = draw(scores.softmax(-1), laws, texts, rule)
+            else:  # with the random numbers that `generate` would use: the same text for the same seed
+                chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0].tolist()
         still = []
         for line, lane in enumerate(walking):
             outcome, token = outcomes[lane], chosen[line]
@@ -95,6 +96,14 @@ def _walk(tree: DraftTree, logits: torch.Tensor, context: DraftContext, rule: Ru
                 still.append(lane)
         walking = still
     return outcomes
+
+
+def _lines(logits: torch.Tensor, lanes: list[int], nodes: list[int]) -> torch.Tensor:
+    """Return the `(lanes, vocabulary)` logits at a node of each of some lanes."""
+    if len(lanes) == 1:
+        lane, place = lanes[0], nodes[lanes[0]] + 1
+        return logits[lane, place : place + 1]
+    return logits[lanes, [nodes[lane] + 1 for lane in lanes]]
 
 
 def _law(tree: DraftTree, lane: int, node: int) -> torch.Tensor | None:
@@ -126,9 +135,8 @@ def draw(target: torch.Tensor, drafts: list[torch.Tensor | None], tokens: list[l
         if residual is not None:
             residuals.append(residual)
     if residuals:
-        laws = torch.stack(residuals)
-        # Where nothing was drafted, with the random numbers that `generate` would use: the same text for the same seed.
-        drawn = iter((draw_tokens(laws) if any(tokens) else torch.multinomial(laws, 1)[:, 0]).tolist())
+        laws = residuals[0][None] if len(residuals) == 1 else torch.stack(residuals)
+        drawn = iter(draw_tokens(laws).tolist())
         return [next(drawn) if token is None else token for token in found]
     return [token for token in found if token is not None]
 
