@@ -10,7 +10,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_ext import adapter
 
 #: Settings of `generate` that choose another way to decode.
-OTHER_METHODS = ("prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers", "penalty_alpha", "use_mtp")
+OTHER_METHODS = (
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_early_exit",
+    "dola_layers", "penalty_alpha", "use_mtp",
+)  # fmt: skip
 
 
 def check_inputs(
@@ -96,15 +100,15 @@ def check_config(strategy: str, options: dict[str, Any], config: GenerationConfi
     """
     if (config.num_beams or 1) > 1:
         raise ValueError(f"{strategy} does not use beams; call generate with num_beams=1 (got {config.num_beams})")
+    fallback = adapter.default_generation_values()
     for name in OTHER_METHODS:
         value = getattr(config, name, None)
-        if value is not None and name not in options and value != getattr(defaults, name, None):
+        if name not in options and value not in (None, getattr(defaults, name, None), fallback.get(name)):
             raise ValueError(
                 f"{name}={value!r} asks for another method than {strategy}, which would ignore it; leave it out"
             )
     if config.token_healing and not defaults.token_healing:
         raise ValueError(f"{strategy} does not heal tokens; call model.heal_tokens on the prompt first")
-    fallback = adapter.default_generation_values()
     for name, value in options.items():
         given = getattr(config, name, None)
         if given is not None and given not in (value, getattr(defaults, name, None), fallback.get(name)):

@@ -45,7 +45,7 @@ class Adapter:
     def read(self, states: torch.Tensor) -> torch.Tensor:
         """Read `(lanes, n, hidden)` exit states behind what is there; nothing is kept before `settle`."""
         lanes, count = states.shape[:2]
-        here = states.to(self.head.device)
+        here = states.to(self.head.device, self.head.dtype)
         self.columns.aim(self.lengths, self.pending, count, here.device)
         total = self.pending + count
         lengths = tuple(self.lengths)
@@ -54,8 +54,10 @@ class Adapter:
         mask = mask_for("sdpa", structure, here.dtype, here.device)
         starts = torch.tensor([[length + self.pending] for length in self.lengths], device=here.device)
         self.pending = total
-        out = self.head(here, starts + torch.arange(count, device=here.device), mask, self.cache)
-        return out.to(states.device)
+        # A forward pass that a Trainer has put under autocast calls this inside of it, the first time is outside.
+        with torch.autocast(here.device.type, enabled=False):
+            out = self.head(here, starts + torch.arange(count, device=here.device), mask, self.cache)
+        return out.to(states.device, states.dtype)
 
     def settle(self, counts: list[int]) -> None:
         """Keep so many of the tokens read since the last time, of each lane, and forget the rest."""

@@ -197,11 +197,10 @@ class DecodingStrategy(abc.ABC):
         name = type(self).__name__
         if assistant_model is not None:
             raise ValueError(f"{name} takes no assistant_model; a strategy that drafts takes draft_model as an option")
-        if assistant_tokenizer is not None and (tokenizer is None or self.options().get("draft_model") is None):
-            raise ValueError(
-                f"assistant_tokenizer is that of a draft model, to be compared with tokenizer: {name} needs "
-                "draft_model as an option, and tokenizer=... as well"
-            )
+        if assistant_tokenizer is not None and self.options().get("draft_model") is None:
+            raise ValueError(f"assistant_tokenizer is that of the option draft_model, which {name} does not have here")
+        if assistant_tokenizer is not None and tokenizer is None:
+            raise ValueError("assistant_tokenizer is compared with the target's tokenizer; pass tokenizer=... as well")
         if "custom_generate" in kwargs:
             raise ValueError(f"custom_generate would replace {name}; leave it out")
         ids = inputs if inputs is not None else kwargs.get("input_ids")

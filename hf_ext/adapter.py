@@ -93,6 +93,25 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return next((torch.device(place) for place in places if place is not None), model.device)
 
 
+def adapters_by_row(model: torch.nn.Module) -> str | None:
+    """Name what PEFT says for every row of a batch, `adapter_names` or `alora_offsets`, during a call that does.
+
+    Stands on the partial functions that PEFT registers as forward pre-hooks of its layers meanwhile.
+    """
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    named = (name for hook in hooks for name in getattr(hook, "keywords", ()))
+    return next((name for name in named if name in ("adapter_names", "alora_offsets")), None)
+
+
+def has_learned_prompt(model: Any) -> bool:
+    """Tell whether PEFT puts virtual tokens before the text of this call of `generate`.
+
+    Stands on PEFT's preparation of inputs being the model's own during such a call.
+    """
+    owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", model)
+    return owner is not model and bool(getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def special_token(config: GenerationConfig, name: str) -> torch.Tensor | None:
     """Return the tensor `generate` made of `eos_token_id` or `pad_token_id` (`_eos_token_tensor`, ...)."""
     return getattr(config, f"_{name}_token_tensor")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ext import adapter
+
 
 def base_model(model: Any) -> Any:
     """Return the transformers model inside a PEFT wrapper, or the model itself."""
@@ -215,9 +217,9 @@ class TargetEnds:
             if "norm" not in seen and args and args[0] is seen.get("state"):
                 seen["norm"] = module
 
-        weight = next(self.model.parameters())
         width = self.model.config.get_text_config(decoder=True).hidden_size
-        states = torch.randn(2, 1, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        states = torch.randn(2, 1, width, generator=torch.Generator().manual_seed(0))
+        states = states.to(adapter.device_of(self.model), next(self.model.parameters()).dtype)
         with contextlib.ExitStack() as stack:
             stack.enter_context(in_evaluation(self.model))
             stack.callback(last.register_forward_hook(after_last).remove)

@@ -159,6 +159,44 @@ def test_device_of() -> None:
         assert adapter.device_of(model) == torch.device("cpu")
 
 
+def adapted(config: Any) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(tiny_models.build("llama"), config).eval()
+
+
+def seen_in_generate(model: Any, look: Any, **settings: Any) -> list[Any]:
+    """Return what a function of the inner model gives, before, during and after a call of PEFT's `generate`."""
+    found = [look(model.get_base_model())]
+
+    def spy(inner: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        found.append(look(inner))
+        return input_ids
+
+    model.generate(input_ids=IDS, attention_mask=MASK, custom_generate=spy, max_new_tokens=1, **settings)
+    return [*found, look(model.get_base_model())]
+
+
+def test_adapters_by_row() -> None:
+    from peft import LoraConfig
+
+    with stands_on("the pre-hooks that PEFT hands adapter_names on with"):
+        model = adapted(LoraConfig(r=2, target_modules=["q_proj"]))
+        assert seen_in_generate(model, adapter.adapters_by_row) == [None] * 3
+        names = ["default", "__base__", "default"]
+        assert seen_in_generate(model, adapter.adapters_by_row, adapter_names=names) == [None, "adapter_names", None]
+
+
+def test_has_learned_prompt() -> None:
+    from peft import LoraConfig, PromptTuningConfig
+
+    with stands_on("PEFT's prepare_inputs_for_generation on the model inside, during generate"):
+        tuned = adapted(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        assert seen_in_generate(tuned, adapter.has_learned_prompt) == [False, True, False]
+        lora = adapted(LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+        assert seen_in_generate(lora, adapter.has_learned_prompt) == [False] * 3
+
+
 def test_special_token() -> None:
     with stands_on("GenerationConfig._eos_token_tensor and _pad_token_tensor"):
         config, _ = prepared(eos_token_id=[5, 6], pad_token_id=0)

@@ -100,8 +100,8 @@ class CAFT(Objective):
         super().__post_init__()
         if not isinstance(self.heads, (str, os.PathLike, MultiTokenHead)):
             raise ValueError(
-                f"heads must be a MultiTokenHead or the folder of a saved one, got a {type(self.heads).__name__}; "
-                "train them once with TrainDraftHead(MultiTokenHead.for_target(model))"
+                "heads must be a MultiTokenHead or the folder of a saved one, got an object of type "
+                f"{type(self.heads).__name__}; train them once with TrainDraftHead(MultiTokenHead.for_target(model))"
             )
         for name in ("coefficient", "decay"):
             value = getattr(self, name)

@@ -255,10 +255,10 @@ class _Attachment:
             callback = self._callback()
             if callback is None or self._labels is None or outputs is None:  # `always_call`: None after an exception
                 return outputs
-            precision = "bf16" if callback._args.bf16 else "fp16" if callback._args.fp16 else None
-            dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+            dtype = torch.float16 if callback._args.fp16 else torch.bfloat16
+            mixed = callback._args.bf16 or callback._args.fp16 or model.dtype != self._head.dtype
             states = {number: state.detach() for number, state in self._states.items()}
-            with torch.autocast(outputs.logits.device.type, dtype, enabled=precision is not None):
+            with torch.autocast(outputs.logits.device.type, dtype, enabled=mixed):
                 loss = callback.loss(self.ends, self._inputs, self._labels, states, outputs, self._items)
             return CausalLMOutput(loss=loss, logits=outputs.logits)
 
@@ -266,11 +266,17 @@ class _Attachment:
 def _refuse_conflicts(args: TrainingArguments, model: Any) -> None:
     if not hasattr(model, "get_output_embeddings") or hasattr(model, "peft_config"):
         raise ValueError(
-            f"TrainDraftHead trains on a plain transformers causal LM, not on a {type(model).__name__}: a PEFT model "
-            "saves its adapters only, so a checkpoint would lose the head. Use model.merge_and_unload() first."
+            f"TrainDraftHead trains on a plain transformers causal LM, not on a {type(model).__name__} with PEFT "
+            "around or in it: such a model saves its adapters only, so a checkpoint would lose the head. Merge the adapters "
+            "first (merge_and_unload() of a PeftModel); the head then drafts for the model with adapters as well."
         )
     if hasattr(model, NAME):
         raise ValueError(f"the model has a {NAME} already: remove() the other TrainDraftHead first")
+    if model.dtype == torch.float16 and not args.fp16:
+        raise ValueError(
+            "TrainDraftHead's gradients would vanish in a target of float16: load the target in bfloat16 or float32, "
+            "or train with fp16=True, which scales them"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             "TrainDraftHead does not work under torch.nn.DataParallel, which the Trainer uses when one process sees "

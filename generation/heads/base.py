@@ -84,7 +84,7 @@ class DraftHead(PreTrainedModel):
         defaults = cls.defaults(known, base_model(target).config.get_text_config(decoder=True))
         values = {**defaults, **options, "embedding_size": embedding, "target": known}
         head = cls(cls.config_class(hidden_size=known["hidden_size"], **values))
-        return head.to(next(target.parameters()).device)
+        return head.to(adapter.device_of(base_model(target)))
 
     @classmethod
     def defaults(cls, known: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class HeadedSpeculative(Speculative):
         if not isinstance(self.head, (str, os.PathLike, self.head_class)):
             name = self.head_class.__name__
             raise ValueError(
-                f"head must be a {name} or the folder of a saved one, got a {type(self.head).__name__}; train one with "
-                f"TrainDraftHead({name}.for_target(model))"
+                f"head must be a {name} or the folder of a saved one, got an object of type "
+                f"{type(self.head).__name__}; train one with TrainDraftHead({name}.for_target(model))"
             )
 
     def head_for(self, target: PreTrainedModel) -> Any:
@@ -59,10 +59,15 @@ class HeadedSpeculative(Speculative):
         return self._moved[1]
 
     def _load(self, folder: str | os.PathLike[str]) -> DraftHead:
-        config_class = self.head_class.config_class
-        found = config_class.get_config_dict(folder)[0].get("model_type")
-        if found != config_class.model_type:
-            raise ValueError(
-                f"{folder} holds a {found!r}, but {type(self).__name__} drafts with a {config_class.model_type!r}"
-            )
-        return self.head_class.from_pretrained(folder)
+        config_class, wanted = self.head_class.config_class, self.head_class.__name__
+        try:
+            found = config_class.get_config_dict(folder)[0].get("model_type")
+            if found == config_class.model_type:
+                return self.head_class.from_pretrained(folder)
+        except OSError as error:  # what transformers raises for a folder or name without a model
+            raise ValueError(f"cannot load a {wanted} from {os.fspath(folder)!r}: {error}") from error
+        what = "no saved head" if found is None else f"a {found!r}"
+        raise ValueError(
+            f"{folder} holds {what}, but {type(self).__name__} drafts with a {config_class.model_type!r}; give the "
+            f"folder that {wanted}.save_pretrained wrote, or draft_head/ in a checkpoint"
+        )

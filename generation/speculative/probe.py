@@ -42,11 +42,30 @@ def tree_problem(model: PreTrainedModel) -> str | None:
         >>> tree_problem(tiny_models.shared("llama")) is None
         True
     """
+    problem = _adapter_problem(model)
+    if problem is not None:
+        return problem
     implementation = adapter.attention_implementation(model)
     answers = _KNOWN.setdefault(model, {})
     if implementation not in answers:
         answers[implementation] = _ask(model)
     return answers[implementation]
+
+
+def _adapter_problem(model: PreTrainedModel) -> str | None:
+    """Say what PEFT does in this very call that depends on its rows or columns, or None."""
+    by_row = adapter.adapters_by_row(model)
+    if by_row is not None:
+        return (
+            f"PEFT tells the adapters of every row apart ({by_row}), but rows leave the batch when they end and bring "
+            "several tokens to a call; generate for one adapter at a time (model.set_adapter)"
+        )
+    if adapter.has_learned_prompt(model):
+        return (
+            "PEFT puts a learned prompt before the text, in columns that the positions and masks of a tree do not "
+            "count; decode with plain generate, or tune layers instead (LoRA)"
+        )
+    return None
 
 
 def length_problem(run: DecodingRun) -> str | None:

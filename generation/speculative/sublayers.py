@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ext import adapter
 from hf_ext.layers import decoder_layers
 
 
@@ -111,10 +112,11 @@ _MORE: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDiction
 def _left_out(part: nn.Module, model: Any) -> Callable[..., Any]:
     """Return what stands for a feed-forward part: nothing, in the form that its layer expects (experts say more)."""
     if part not in _MORE:
-        state = torch.zeros(
-            1, 1, model.config.get_text_config(decoder=True).hidden_size,
-            dtype=model.dtype, device=next(part.parameters()).device,
-        )  # fmt: skip
+        device = next(part.parameters()).device
+        if device.type == "meta":  # its weights come when it is called
+            device = adapter.device_of(model)
+        width = model.config.get_text_config(decoder=True).hidden_size
+        state = torch.zeros(1, 1, width, dtype=model.dtype, device=device)
         with torch.no_grad():
             try:
                 out = part.forward(state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -121,12 +122,18 @@ def same_ids(first: Any, second: Any) -> bool:
         >>> same_ids(one, other)
         True
     """
-    return first is second or _same_ids(first, len(first), second, len(second))
+    if first is second:
+        return True
+    compared = _COMPARED.setdefault(first, weakref.WeakKeyDictionary())
+    sizes = len(first), len(second)  # tokens may have been added since
+    if second not in compared or compared[second][0] != sizes:
+        tables = [
+            {token: i for token, i in t.get_vocab().items() if i not in t.added_tokens_decoder} for t in (first, second)
+        ]
+        compared[second] = (sizes, tables[0] == tables[1])
+    return compared[second][1]
 
 
-@functools.lru_cache(maxsize=8)
-def _same_ids(first: Any, _: int, second: Any, __: int) -> bool:
-    tables = [
-        {token: i for token, i in t.get_vocab().items() if i not in t.added_tokens_decoder} for t in (first, second)
-    ]
-    return tables[0] == tables[1]
+#: What comparing two tokenizers gave at these sizes: it takes a while for large ones, and neither is kept alive by it.
+_COMPARED: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, tuple[tuple[int, int], bool]]]
+_COMPARED = weakref.WeakKeyDictionary()

@@ -61,6 +61,7 @@ class RefusalChecks(StrategyChecks):
         ids, mask = tiny_models.prompts()
         own = self.strategy().options()
         others: dict[str, Any] = {"num_beams": 2, "prompt_lookup_num_tokens": 3, "penalty_alpha": 0.6}
+        others["num_assistant_tokens"] = 7
         for name, value in others.items():
             if name not in own:
                 self._both_ways(f"{name}={value}", name, ids=ids, mask=mask, **{name: value})

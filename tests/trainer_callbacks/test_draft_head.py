@@ -134,6 +134,23 @@ def test_bf16_autocast_gives_nearly_the_loss_of_full_precision():
     assert abs(half - full) < 2e-2 * full, f"{half} under bf16, {full} in float32"
 
 
+@each_head
+def test_a_target_in_half_precision_trains_a_head_of_full_precision(kind, options, tmp_path):
+    """Without `bf16=True`: the weights of most targets are in bfloat16, and a head is made in float32."""
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        target = tiny_model().to(dtype)
+        head = made(kind, options, target)
+        before = weights(head)
+        losses[dtype] = logged(train(target, TrainDraftHead(head), **STEP), "loss")[0]
+        assert head.dtype == torch.float32
+        assert largest_difference(before, weights(head)) > 0, "the head has not learned"
+    full, half = losses.values()
+    assert abs(half - full) < 2e-2 * full, f"{half} of a target in bfloat16, {full} in float32"
+    with pytest.raises(ValueError, match="float16"):
+        Trainer(tiny_model().half(), arguments(tmp_path), callbacks=[TrainDraftHead(made(kind, options))])
+
+
 def test_the_model_still_generates_while_the_head_is_on_it(tmp_path):
     target = tiny_model().eval()
     ids = torch.tensor([[1, 5, 6]])

@@ -15,6 +15,7 @@ from hf_ext.layers import TargetEnds, captured
 from hf_ext.testing import exactness, tiny_models
 from hf_ext.testing.heads import late_token, random_head, with_random_head
 from hf_ext.testing.strategy import StrategyConformance
+from hf_ext.testing.strategy_base import same_tokens
 
 
 class TestConformance(StrategyConformance):
@@ -197,7 +198,17 @@ def test_no_drafted_tokens_is_plain_decoding():
     assert (strategy.report.target_calls, strategy.report.draft_calls) == (9, 0)
 
 
-def test_a_head_of_another_target_or_kind_is_refused_before_any_work():
+def test_a_model_that_a_trainer_has_put_under_autocast_drafts_and_reads_in_one_dtype():
+    """After training with `bf16=True` the forward pass stays under autocast; what is outside of it is not."""
+    model, (ids, mask) = tiny_models.build("llama"), tiny_models.prompts()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    strategy = Kangaroo(random_head(KangarooHead, model), draft_tokens=3, confidence=0.0)
+    same_tokens(strategy.generate(model, ids, **settings), model.generate(ids, **settings), "under autocast")
+    assert strategy.report.draft_calls
+
+
+def test_a_head_of_another_target_or_kind_is_refused_before_any_work(tmp_path):
     model, (ids, mask) = tiny_models.shared("gpt2"), tiny_models.prompts()
     model.generate(ids, attention_mask=mask, custom_generate=with_random_head(Kangaroo), max_new_tokens=2)
     strategy = Kangaroo(random_head(KangarooHead, tiny_models.shared("llama")))
@@ -207,8 +218,11 @@ def test_a_head_of_another_target_or_kind_is_refused_before_any_work():
             strategy.generate(model, ids, attention_mask=mask, do_sample=False, max_new_tokens=5)
 
     assert tiny_models.calls_of(model, run)[1] == []
-    with pytest.raises(ValueError, match="head must be a KangarooHead"):
+    with pytest.raises(ValueError, match=r"head must be a KangarooHead.* of type RecurrentDrafterHead"):
         Kangaroo(random_head(RecurrentDrafterHead, model))
+    for folder, words in ((tmp_path, "no saved head.*save_pretrained"), (tmp_path / "gone" / "x", "cannot load a")):
+        with pytest.raises(ValueError, match=words):
+            Kangaroo(folder).generate(model, ids, attention_mask=mask)
 
 
 def test_a_head_that_is_trained_further_drafts_as_it_is_now():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -143,14 +145,27 @@ def test_tokenizers_that_are_given_decide_instead_of_the_sizes():
             lambda strategy=strategy: strategy.generate(target, ids, assistant_tokenizer=other, **common),
             "SpecTr", "other tokens", "draft_tokenizer", what="a draft model with another tokenizer",
         )  # fmt: skip
-    refusal(
+    said = refusal(
         lambda: SpecTr(target).generate(target, ids, assistant_tokenizer=same, max_new_tokens=5, pad_token_id=0),
         "assistant_tokenizer", "tokenizer=", what="one tokenizer alone",
     )  # fmt: skip
+    assert "draft_model" not in said, "it has one"
     refusal(
         lambda: BanditSpec().generate(target, ids, assistant_tokenizer=same, **common),
         "assistant_tokenizer", "draft_model", what="a tokenizer of no draft model",
     )  # fmt: skip
+
+
+def test_comparing_tokenizers_keeps_neither_alive_and_sees_what_is_added():
+    one, other = tiny_models.tokenizer(), tiny_models.tokenizer()
+    assert vocabulary.same_ids(one, other)
+    assert not vocabulary.same_ids(one, _shifted(other))
+    other.add_tokens(["<tool>"])
+    assert vocabulary.same_ids(one, other)
+    gone = [weakref.ref(one), weakref.ref(other)]
+    del one, other
+    gc.collect()
+    assert [found() for found in gone] == [None, None]
 
 
 def _shifted(tokenizer):

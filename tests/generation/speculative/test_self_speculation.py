@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from hf_ext.generation.draft_and_verify import DraftAndVerify, every_second_layer
 from hf_ext.generation.layerskip import LayerSkip
+from hf_ext.generation.multi_token_drafting import MultiTokenDrafting
+from hf_ext.generation.prompt_lookup import PromptLookup
+from hf_ext.generation.recurrent_drafter import RecurrentDrafter
 from hf_ext.generation.speculative.sublayers import sublayers, weight_share, without
 from hf_ext.layers import only_layers
 from hf_ext.testing import exactness, tiny_models
@@ -157,6 +162,36 @@ def test_experts_that_tell_more_than_states_can_be_left_out():
     settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "pad_token_id": tiny_models.PAD}
     ours = DraftAndVerify(skip=("mlp.0", "attention.1"), draft_tokens=3).generate(model, ids, **settings)
     same_tokens(ours, model.generate(ids, **settings), "drafts without experts")
+
+
+@pytest.mark.parametrize("adapters", ["of a row", "a prompt"])
+def test_adapters_that_a_tree_would_misread_are_refused(adapters):
+    config = (
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        if adapters == "a prompt"
+        else LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    )
+    model, (ids, mask) = get_peft_model(tiny_models.build("llama"), config).eval(), tiny_models.prompts()
+    settings = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "pad_token_id": 0}
+    if adapters == "of a row":
+        settings["adapter_names"] = ["default", "__base__", "default"]
+    words = ("learned prompt",) if adapters == "a prompt" else ("adapter_names", "set_adapter")
+    for strategy in (LayerSkip(), PromptLookup()):
+        with pytest.raises(ValueError, match="PEFT") as refused:
+            strategy.generate(model, **settings)
+        assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize("method", [DraftAndVerify, MultiTokenDrafting, RecurrentDrafter])
+def test_a_model_with_its_weights_elsewhere_drafts_with_itself(method):
+    """`cpu_offload` leaves weights on `meta` until they are used."""
+    model, (ids, mask) = tiny_models.build("llama"), tiny_models.prompts()
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    head = getattr(method, "head_class", None)
+    strategy = method() if head is None else method(head.for_target(model))
+    same_tokens(strategy.generate(model, ids, **settings), expected, f"{method.__name__}, offloaded")
 
 
 def test_nothing_left_out_drafts_nothing():
