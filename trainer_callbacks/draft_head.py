@@ -267,8 +267,8 @@ def _refuse_conflicts(args: TrainingArguments, model: Any) -> None:
     if not hasattr(model, "get_output_embeddings") or hasattr(model, "peft_config"):
         raise ValueError(
             f"TrainDraftHead trains on a plain transformers causal LM, not on a {type(model).__name__} with PEFT "
-            "around or in it: such a model saves its adapters only, so a checkpoint would lose the head. Merge the adapters "
-            "first (merge_and_unload() of a PeftModel); the head then drafts for the model with adapters as well."
+            "around or in it: such a model saves its adapters only, so a checkpoint would lose the head. Merge the "
+            "adapters first (merge_and_unload() of a PeftModel); the head then drafts for the adapted model as well."
         )
     if hasattr(model, NAME):
         raise ValueError(f"the model has a {NAME} already: remove() the other TrainDraftHead first")
