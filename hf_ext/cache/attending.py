@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from hf_ext.attention.mode import runs_kernels
 from hf_ext.attention.packed import is_packed, pack, unpack
 from hf_ext.attention.structure import NEVER, AttentionStructure, Tokens
 from hf_ext.cache.stores.dense import DenseStore
 from hf_ext.cache.stores.packed import PackedStore
+from hf_ext.cache.stores.ragged import RaggedStore
 
 if TYPE_CHECKING:
     from hf_ext.cache.layer import CompressedLayer
@@ -210,12 +212,20 @@ def sees_all(layer: CompressedLayer, given: Given, query: Tensor) -> bool:
 
 @torch.no_grad()
 def attend_one(
-    store: DenseStore, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    query: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with one query to all that is held, and count the attention it gets: in a few steps, on a CPU.
 
     Args:
-        store: with the new token stored already.
+        keys: `(rows, key heads, n, width)`.
+        values: `(rows, key heads, n, value width)`.
+        bias: `(rows, key heads, n)`, added to the scores.
         query: `(rows, heads, 1, width)`.
         scale: of the scores.
         softcap: of the scores.
@@ -225,21 +235,52 @@ def attend_one(
         `(rows, 1, heads, width)`, and what each entry got, `(rows, key heads, n)` float32.
     """
     rows, heads, _, width = query.shape
-    keys, values, bias = store.keys, store.values, store.bias
+    key_heads = keys.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     # The heads of a group see the same keys and are multiplied together.
-    scores = (query.to(wide) * scale).view(rows, keys.shape[1], -1, width) @ keys.to(wide).mT
+    grouped = (query.to(wide) * scale).view(rows * key_heads, -1, width)
+    transposed = keys.to(wide).flatten(0, 1).mT
+    if bias is not None and softcap is None:
+        scores = torch.baddbmm(bias.to(wide).flatten(0, 1)[:, None], grouped, transposed)
+    else:
+        scores = torch.bmm(grouped, transposed)
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if bias is not None:
-        scores += bias[:, :, None]
+        if bias is not None:
+            scores += bias.flatten(0, 1)[:, None]
     if sinks is None:
         weights = scores.softmax(-1)
     else:  # a sink takes part in the sum and adds nothing
-        sink = sinks.to(wide).view(1, keys.shape[1], -1, 1).expand(rows, -1, -1, -1)
+        sink = sinks.to(wide).view(1, key_heads, -1, 1).expand(rows, -1, -1, -1).flatten(0, 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
-    output = (weights @ values.to(wide)).view(rows, 1, heads, -1)
-    return output.to(query.dtype), weights.sum(2).float()
+    output = torch.bmm(weights, values.to(wide).flatten(0, 1)).view(rows, 1, heads, -1)
+    return output.to(query.dtype), weights.sum(1).view(rows, key_heads, -1).float()
+
+
+def attend_ragged_one(store: RaggedStore, query: Tensor, scale: float) -> Tensor:
+    """Attend with one query to entries of which each head has its own number: on a CPU, head by head.
+
+    Args:
+        store: with the new token stored already.
+        query: `(rows, heads, 1, width)`.
+        scale: of the scores.
+
+    Returns:
+        `(rows, 1, heads, width)`.
+    """
+    rows, heads, _, width = query.shape
+    keys, values = store.buffers["keys"], store.buffers["values"]
+    value_width = values.shape[-1]
+    segments = store.segments()
+    lines = query.reshape(len(segments), 1, -1, 1, width)
+    found = []
+    for (start, length), line in zip(segments, lines, strict=True):
+        key = keys.as_strided((1, 1, length, width), (0, 0, width, 1), keys.storage_offset() + start * width)
+        value = values.as_strided(
+            (1, 1, length, value_width), (0, 0, value_width, 1), values.storage_offset() + start * value_width
+        )
+        found.append(scaled_dot_product_attention(line, key, value, scale=scale, enable_gqa=True))
+    return torch.stack(found).view(rows, 1, heads, -1)
 
 
 def attend_ragged(

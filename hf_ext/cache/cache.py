@@ -123,6 +123,8 @@ class CompressedCache(Cache):
             for budget in layer_budgets:
                 check_budget(budget)
         self.layer_budgets = None if layer_budgets is None else list(layer_budgets)
+        #: What `by_backend` has told the first layer in this pass.
+        self.asked = False
         #: The first layer that is compressed; the others have seen what it has.
         self.first = next(layer for layer in layers if isinstance(layer, CompressedLayer))
         self._check_quantise(any(layer.window is not None for layer in layers if isinstance(layer, CompressedLayer)))
@@ -163,6 +165,8 @@ class CompressedCache(Cache):
                 f"the cache was made for a model of {len(self.layers)} layers, and this one has more: give "
                 "CompressedCache the config of the model that uses it"
             )
+        if not self.offloading:  # a call less at every token in every layer
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     # What a user asks.

@@ -14,6 +14,7 @@ slice of the padding mask it takes is the padding that is left.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,8 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self.query_real: Tensor | None = None
         self._new: tuple[Tensor, Tensor, Tensor] | None = None
         self._offload_attended = False
+        #: How many tokens may be decoded one by one before there is anything to decide; see `quiet.py`.
+        self._quiet = 0
 
     def _empty_store(self) -> DenseStore | PackedStore | RaggedStore:
         fields = self.policy.field_names()
@@ -165,8 +168,11 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
                 f"{first.model_layer} has seen {first.seen} with them: an earlier pass ended between the two. Call "
                 "cache.reset() and read the text again, or go on with a copy.deepcopy(cache) made before that pass"
             )
-        if self.cache.by_backend():
-            tagged = key_states.view_as(key_states)
+        if self is first:  # the others run in the same pass
+            self.cache.asked = self.cache.by_backend()
+        if self.cache.asked:
+            # Keys that a store holds as they come must not lead back to it.
+            tagged = key_states if self._quiet else key_states.view_as(key_states)
             setattr(tagged, CACHE_LAYER, self)
             self._new = (key_states, value_states, tagged)
             return tagged, value_states
@@ -211,7 +217,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     def activate_past_recording(self) -> None:
         """From now on drop nothing before `crop` has said which of the last tokens stay."""
-        self.record_past = True
+        self.record_past, self._quiet = True, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.
@@ -227,6 +233,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             raise ValueError(f"crop takes the number of tokens to forget as a negative number, got {tokens_to_remove}")
         if not self.is_initialized:
             return
+        self._quiet = 0
         if count > self.seen:
             raise ValueError(f"cannot forget {count} tokens, the cache has seen {self.seen}")
         if count:
@@ -280,6 +287,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._quiet = 0
         for holder, names in (
             (self, ("queries", "query_real")),
             *((step, ("queries", "real")) for step in self.pending),
@@ -290,6 +298,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
 
     def offload(self) -> None:
         """Move what is held to the CPU, after its attention: transformers asks for it at the end of `update`."""
+        self._quiet = 0
         if self._new is not None:
             self._offload_attended = True
         elif self.is_initialized:
@@ -320,7 +329,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self.queries, self.query_real = state.pop("queries", None), state.pop("query_real", None)
         self.store.restore(state)
         self.seen, self.pads, self.device, self.dtype = seen, list(pads), device, state["keys"].dtype
-        self.prefilled = prefilled
+        self.prefilled, self._quiet = prefilled, 0
         self.is_initialized = True
 
     # What attention calls.
@@ -352,8 +361,12 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         Returns:
             `(rows, q, heads, width)`, and the weights over what is held if `attend` returns some.
         """
-        from hf_ext.cache import attending
+        from hf_ext.cache import attending, quiet
 
+        if self._quiet and mask is None and not plain and query.shape[2] == 1:
+            output = quiet.attend(self, module, query, scale, attend, softcap, sinks)
+            if output is not None:
+                return output, None
         if isinstance(self.store, PackedStore):
             from hf_ext.cache import attending_packed
 
@@ -365,14 +378,18 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self._store(keys, values, given.real, policy.arriving(keys, module) if policy.gated else {})
         step = Pass(count, scale=query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap, module=module)
         step.sinks = sinks
-        counts = policy.column_sums and self.drops()
+        counts = self.counts
         at_once = counts and not self.record_past
         weights = seen = None
         if isinstance(self.store, PackedStore) and attending_packed.reads_codes(self.store, query, given, plain):
-            output, sums = attending_packed.attend_packed(self.store, query, given, step.scale, softcap, sinks)
-            step.column_sums = sums if at_once else None
+            output, step.column_sums = attending_packed.attend_packed(
+                self.store, query, given, step.scale, softcap, sinks, at_once
+            )
         elif isinstance(self.store, DenseStore) and at_once and not plain and attending.sees_all(self, given, query):
-            output, step.column_sums = attending.attend_one(self.store, query, step.scale, softcap, sinks)
+            store = self.store
+            output, step.column_sums = attending.attend_one(
+                store.keys, store.values, store.bias, query, step.scale, softcap, sinks
+            )
         elif not isinstance(self.store, RaggedStore):
             seen = attending.visible(self, given, held, query)
             if policy.gated:
@@ -387,7 +404,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             )
         else:
             output = attending.attend_ragged(self, query, given, step.scale, softcap, sinks)
-        setattr(tagged, CACHE_LAYER, self._again(count, seen))
+        setattr(tagged, CACHE_LAYER, self.again(count, seen))
         all_queries = policy.queries < 0 or self.record_past or (counts and step.column_sums is None)
         last = count if all_queries else min(policy.queries, count)
         if last and (policy.queries or counts):
@@ -400,12 +417,19 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         self._finish(step)
         return output, weights
 
-    def _again(self, count: int, mask: Tensor | None) -> Attended:
-        """Return what layers attend to that share the keys of this pass, right after it and before any is dropped."""
-        found = Attended(self.model_layer, type(self.policy).__name__, count)
-        if isinstance(self.store, DenseStore) and self.store.bias is None and not self.policy.gated:
-            found.what = (self.store.keys, self.store.values, mask)
-        return found
+    def again(self, count: int, mask: Tensor | None, held: tuple[Tensor, Tensor] | None = None) -> Attended:
+        """Return what layers attend to that share the keys of this pass, right after it and before any is dropped.
+
+        Args:
+            count: queries of the pass.
+            mask: over all that is held.
+            held: keys and values, where they are at hand.
+        """
+        store = self.store
+        if not isinstance(store, DenseStore) or "bias" in store.buffers or self.policy.gated:
+            return Attended(self.model_layer, type(self.policy).__name__, count)
+        keys, values = held or (store.keys, store.values)
+        return Attended(self.model_layer, type(self.policy).__name__, count, (keys, values, mask))
 
     # What happens to a pass.
 
@@ -440,11 +464,19 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         budget = self.cache.budget_of(self.number)
         return isinstance(budget, int) or budget < 1
 
+    @functools.cached_property
+    def counts(self) -> bool:
+        """Whether it is counted what entries are attended to."""
+        return self.policy.column_sums and self.drops()
+
     def _settle(self, passes: list[Pass], prefill: bool) -> None:
         """Let the policy look at what attention did, drop what is too much, and pack what is old enough."""
+        from hf_ext.cache import quiet
+
         self._drop(passes, prefill)
         if isinstance(self.store, PackedStore):
             self.store.flush()
+        self._quiet = quiet.passes(self)
 
     def _drop(self, passes: list[Pass], prefill: bool) -> None:
         policy = self.policy
@@ -458,7 +490,7 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             return
         from hf_ext.cache import attending
 
-        counts = policy.column_sums and self.drops()
+        counts = self.counts
         sums = attending.counted(self, passes) if counts else None
         seen = attending.seen(self, passes, sums) if policy.queries else None
         if sums is not None:

@@ -41,6 +41,8 @@ class DenseStore:
         self.buffers: dict[str, Tensor] = {}
         #: The last column of each head, a number if it is the same in all; None if it has to be looked up.
         self._last: Tensor | int | None = None
+        #: The places of the room, keys and values, in the order in which they are filled; see `append_one`.
+        self._room: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
         return self.length
@@ -95,8 +97,26 @@ class DenseStore:
             self._write(new, count)
         self.length += count
 
+    def append_one(self, keys: Tensor, values: Tensor, start: int) -> bool:
+        """Add a real token if there is room that waits for the one after the last column; as `append` does.
+
+        Such room says already that its step is 1 and its fields are 0.
+
+        Returns:
+            Whether it was added.
+        """
+        if not self._room or type(self._last) is not int or self._last != start - 1:
+            return False
+        key, value = self._room.pop()
+        key.copy_(keys)
+        value.copy_(values)
+        self._last = start
+        self.length += 1
+        return True
+
     def _write(self, new: Mapping[str, Any], count: int) -> None:
         """Write new entries into the room: tensors, or one number for all; fields that are not given begin with 0."""
+        del self._room[-count:]
         steps, more = self.buffers["steps"], new["steps"]
         if isinstance(more, Tensor) and (more.shape[1] > steps.shape[1] or more.itemsize > steps.itemsize):
             self.buffers["steps"] = joined(steps, more[:, :, :0])
@@ -122,6 +142,10 @@ class DenseStore:
             if extra:
                 parts.append(old.new_zeros(*old.shape[:2], extra, *old.shape[3:]))
             self.buffers[name] = torch.cat(parts, dim=2)
+        self._room = []
+        if extra:
+            places = [self.buffers[name].narrow(2, -extra, extra).split(1, dim=2) for name in ("keys", "values")]
+            self._room = list(zip(*places, strict=True))[::-1]
 
     def _part(self, name: str) -> Tensor:
         whole = self.buffers[name]
@@ -169,7 +193,8 @@ class DenseStore:
         """Hold these entries instead."""
         steps = steps_of(entries.columns)
         self.buffers = {"keys": entries.keys, "values": entries.values, "steps": steps, **entries.fields}
-        self.length, self._last = len(entries), None
+        self.length = len(entries)
+        self._forget()
         self.settle()
         self._count_holes()
 
@@ -178,6 +203,7 @@ class DenseStore:
         for name, tensor in self.buffers.items():
             if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize or not tensor.is_contiguous():
                 self.buffers[name] = tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+                self._room = []
 
     def last_columns(self, count: int) -> Tensor:
         """Return the columns of the last `count` entries, `(rows, key heads, count)`."""
@@ -186,23 +212,24 @@ class DenseStore:
     def drop_last(self, count: int) -> None:
         """Forget the last `count` entries of every head."""
         self.length -= count
-        self._last = None
+        self._forget()
 
     def select(self, index: Tensor) -> None:
         """Go on with these rows."""
         self.buffers = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.buffers.items()}
-        self._last = None
+        self._forget()
         self._count_holes()
 
     def repeat(self, times: int) -> None:
         """Repeat every row."""
         self.buffers = {name: tensor.repeat_interleave(times, dim=0) for name, tensor in self.buffers.items()}
-        self._last = None
+        self._forget()
         self._count_holes()
 
     def to(self, device: torch.device | str) -> None:
         """Move everything to a device."""
         self.buffers = {name: tensor.to(device, non_blocking=True) for name, tensor in self.buffers.items()}
+        self._room = []
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that is in memory, by name."""
@@ -215,8 +242,13 @@ class DenseStore:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Hold what `state` has returned."""
         self.buffers = dict(state)
-        self.length, self._last = self.buffers["keys"].shape[2], None
+        self.length = self.buffers["keys"].shape[2]
+        self._forget()
         self._count_holes()
+
+    def _forget(self) -> None:
+        """Note that the last column has to be looked up, and that the room is not what `append_one` wants."""
+        self._last, self._room = None, []
 
     def _count_holes(self) -> None:
         holes = (self._part("steps")[:, 0] == 0).sum(1).tolist()

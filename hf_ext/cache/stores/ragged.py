@@ -41,13 +41,34 @@ class RaggedStore:
         self.totals: list[int] = []
         #: The last column of each head, a number if it is the same in all; None if it has to be looked up.
         self._last: Tensor | int | None = None
+        #: Where the next token of every segment goes, for `append_one`, and how many more there is room for.
+        self._place, self._left = self.starts, 0
+
+    @property
+    def lengths(self) -> Tensor:
+        """`(rows, heads)` int64."""
+        return self._lengths + self._since if self._since else self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        #: As they were when something else than `append_one` changed them, and the tokens that it has added since.
+        self._lengths, self._since = lengths, 0
+        self._segments_then: list[tuple[int, int]] | None = None
+        self._left = 0
+
+    def segments(self) -> list[tuple[int, int]]:
+        """Return start and length of all segments, without waiting for a device at every token."""
+        if self._segments_then is None:
+            numbers = (tensor.flatten().tolist() for tensor in (self.starts, self._lengths))
+            self._segments_then = list(zip(*numbers, strict=True))
+        return [(start, length + self._since) for start, length in self._segments_then]
 
     def __len__(self) -> int:
         return int(self.lengths.max()) if self.lengths.numel() else 0
 
     def surplus(self, allowed: Sequence[int]) -> bool:
         """Tell whether the heads of some row hold more entries on average than it is allowed."""
-        heads = self.lengths.shape[1]
+        heads = self._lengths.shape[1]
         return any(total > most * heads for total, most in zip(self.totals, allowed, strict=True))
 
     def append(self, keys: Tensor, values: Tensor, start: int, real: Tensor | None) -> None:
@@ -73,7 +94,7 @@ class RaggedStore:
         if real is not None and bool(real.all()):
             real = None
         new = count if real is None else real.sum(1, keepdim=True).expand(rows, heads)
-        lengths = self.lengths + new
+        lengths, extra = self.lengths + new, 0
         if bool((lengths > self.room).any()):
             extra = min(max((len(self) + count) // 64, 1), MOST_ROOM)
             self._spread(lengths + extra)
@@ -100,6 +121,22 @@ class RaggedStore:
         else:
             self.totals = lengths.sum(1).tolist()
         self.lengths = lengths
+        if extra and real is None:
+            self._place, self._left = (self.starts + lengths).flatten(), extra
+
+    def append_one(self, keys: Tensor, values: Tensor, start: int) -> bool:
+        """Add a real token if there is room that waits for it; see `DenseStore.append_one`."""
+        if not self._left or type(self._last) is not int or self._last != start - 1:
+            return False
+        self.buffers["keys"].index_copy_(0, self._place, keys.reshape(-1, keys.shape[-1]))
+        self.buffers["values"].index_copy_(0, self._place, values.reshape(-1, values.shape[-1]))
+        self._place += 1
+        self._last = start
+        self._since += 1
+        self._left -= 1
+        heads = self._lengths.shape[1]
+        self.totals = [total + heads for total in self.totals]
+        return True
 
     def _widen(self, dtype: torch.dtype) -> None:
         """Make sure that steps of a dtype can be written."""
@@ -120,7 +157,8 @@ class RaggedStore:
         segments = list(zip(*(t.flatten().tolist() for t in (self.starts, self.lengths, room)), strict=True))
         most = max(wide - length for _, length, wide in segments)
         for name, tensor in self.buffers.items():
-            spare = tensor.new_zeros(most, *tensor.shape[1:])
+            # The room says already what `append_one` would.
+            spare = tensor.new_full((most, *tensor.shape[1:]), int(name == "steps"))
             parts = [[tensor[start : start + n], spare[: wide - n]] for start, n, wide in segments]
             self.buffers[name] = torch.cat([part for pair in parts for part in pair])
         self.starts, self.room = (ends - room.flatten()).view_as(room), room

@@ -101,8 +101,8 @@ def fits(step: int, steps: Tensor) -> bool:
 
 
 def joined(steps: Tensor, more: Tensor, room: int = 0) -> Tensor:
-    """Return steps with those of later columns behind them, and room behind these."""
+    """Return steps with those of later columns behind them, and room for columns without gaps behind these."""
     heads = max(steps.shape[1], more.shape[1])
     dtype = max((steps.dtype, more.dtype), key=DTYPES.index)
-    spare = steps.new_zeros(len(steps), heads, room)
+    spare = steps.new_ones(len(steps), heads, room)
     return torch.cat([part.to(dtype).expand(-1, heads, -1) for part in (steps, more, spare)], dim=-1)
