@@ -135,6 +135,7 @@ METHODS: tuple[Method, ...] = (
     *BASELINES,
     Method("speculative-decoding"),
     Method("speculative-decoding, 12 drafted", {"draft_tokens": 12}, plugin="speculative-decoding"),
+    Method("speculative-decoding, auto", {"draft_tokens": "auto"}, plugin="speculative-decoding"),
     Method("spectr"),
     Method("recursive-speculative-decoding"),
     Method("opt-tree"),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from hf_ext.claims import held_out, speculation
 from hf_ext.claims.held_out import DATA, bootstrap, mean
-from hf_ext.claims.speculation import PROMPTS, laws, sampled_tokens_per_call, tokens_per_call
+from hf_ext.claims.speculation import PROMPTS, TOKENS, laws, sampled_tokens_per_call, tokens_per_call
 from hf_ext.generation import SpeculativeDecoding
 from hf_ext.generation.speculative.acceptance import expected_tokens, single_draft
+from hf_ext.generation.speculative.stopping import POSITION_COST
 from hf_ext.verify import Claim, Measurement, Threshold
 
 GAMMA, SEEDS = 4, (0, 1, 2)
+#: Fixed lengths that "auto" is compared with.
+LENGTHS = (1, 2, 3, 4, 5, 6, 8)
 
 
-def ours(draft_tokens: int = GAMMA) -> SpeculativeDecoding:
+def ours(draft_tokens: int | Literal["auto"] = GAMMA) -> SpeculativeDecoding:
     """Return the method with the embedded draft model."""
     return SpeculativeDecoding(draft_model=held_out.load("draft")[0], draft_tokens=draft_tokens)
 
@@ -80,6 +85,33 @@ def self_draft() -> Measurement:
     return Measurement(strategy.report.details["mean_accepted"], seeds=(0,), details={"drafted a step": GAMMA})
 
 
+def _costs(draft_tokens: int | Literal["auto"], chosen: list[held_out.Prompt]) -> list[float]:
+    """Return for every prompt, decoded alone and greedily, the calls of the target a token that its work amounts to."""
+    (model, _), strategy, found = held_out.load(), ours(draft_tokens), []
+    share = strategy.draft_model.num_parameters() / model.num_parameters()
+    for prompt in chosen:
+        inputs = held_out.batch([prompt])
+        strategy.generate(model, **inputs, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+        report = strategy.report
+        assert report is not None  # set by the call above
+        positions = report.target_positions - inputs["input_ids"].shape[1] + 1
+        work = report.target_calls + POSITION_COST * (positions - report.target_calls) + share * report.draft_calls
+        found.append(work / TOKENS)
+    return found
+
+
+def chosen_lengths() -> Measurement:
+    """Compare the work a token with that of the fixed length which is best for all prompts together."""
+    chosen = held_out.prompts(PROMPTS)
+    fixed = {length: _costs(length, chosen) for length in LENGTHS}
+    best = min(fixed, key=lambda length: mean(fixed[length]))
+    ratios = [mine / other for mine, other in zip(_costs("auto", chosen), fixed[best], strict=True)]
+    return Measurement(
+        mean(ratios), spread=bootstrap(ratios), spread_of=f"95 % bootstrap interval over {PROMPTS} prompts",
+        details={"best fixed length": best, **{f"work with {n} drafted": mean(costs) for n, costs in fixed.items()}},
+    )  # fmt: skip
+
+
 CLAIMS = (
     speculation.identity_claim(ours, "With argmax decoding the outputs are identical to the target's."),
     Claim(
@@ -118,6 +150,17 @@ CLAIMS = (
         check=self_draft,
         unit="tokens per step",
         seconds=20,
+        data=DATA,
+    ),
+    Claim(
+        name="chosen-length",
+        paper="The best number of drafted tokens follows from the acceptance rate and the cost of drafting (3.5).",
+        measures='work a token with draft_tokens="auto" over that with the best fixed length of 1 to 8, greedy: calls '
+        f"of the target, {POSITION_COST} of one for every further position, and calls of the draft model by its share "
+        "of parameters",
+        threshold=Threshold("<=", 1.0),
+        check=chosen_lengths,
+        seconds=90,
         data=DATA,
     ),
 )

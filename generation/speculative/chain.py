@@ -8,6 +8,7 @@ import torch
 
 from hf_ext.generation.speculative.context import DraftContext
 from hf_ext.generation.speculative.sampling import draw_tokens
+from hf_ext.generation.speculative.stopping import Stopping
 from hf_ext.generation.speculative.tree import DraftTree
 
 
@@ -16,7 +17,7 @@ def draft_chain(
     length: int,
     start: Callable[[], torch.Tensor],
     follow: Callable[[torch.Tensor, int], torch.Tensor],
-    confidence: float = 0.0,
+    stopping: Stopping | None = None,
 ) -> tuple[DraftTree, list[torch.Tensor]]:
     """Draft a chain under every root: the likeliest tokens when decoding is greedy, drawn ones otherwise.
 
@@ -28,7 +29,7 @@ def draft_chain(
         length: tokens to draft at most.
         start: returns the `(lanes, vocabulary)` logits after the texts; not called if nothing is drafted.
         follow: given the `(lanes,)` tokens of a node and its number, returns the logits after it.
-        confidence: draft no further where the likeliest token has a probability below this.
+        stopping: says before a token is drawn whether its lane goes on; all do by default.
 
     Returns:
         The trees, and the logits at the root and at every node but the last.
@@ -44,17 +45,20 @@ def draft_chain(
     columns: list[torch.Tensor] = []
     sizes = [depth] * len(lanes)
     for place in range(depth):
+        if place and stopping is not None and not stopping.reads_on():
+            break
         if place:
             logits = follow(columns[-1], place - 1)
             seen.append(logits)
         scores = context.process(lanes, prefixes, logits)
-        law = scores.softmax(-1) if confidence or not context.greedy else None
-        if confidence and law is not None and place:
-            sure = (law.amax(-1) >= confidence).tolist()
-            sizes = [size if yes else min(size, place) for size, yes in zip(sizes, sure, strict=True)]
+        law = None if context.greedy else scores.softmax(-1)
+        if stopping is not None:
+            peaks = (scores.amax(-1) - scores.logsumexp(-1)).exp() if law is None else law.amax(-1)
+            going = stopping.goes_on(place, peaks.tolist())
+            sizes = [size if yes else min(size, place) for size, yes in zip(sizes, going, strict=True)]
             if max(sizes) <= place:
                 break
-        if context.greedy or law is None:
+        if law is None:
             tokens = scores.argmax(-1)
         else:
             tokens = draw_tokens(law)

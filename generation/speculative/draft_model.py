@@ -14,6 +14,7 @@ from hf_ext.generation.speculative.chain import draft_chain
 from hf_ext.generation.speculative.context import DraftContext
 from hf_ext.generation.speculative.drafter import Drafter, Verified
 from hf_ext.generation.speculative.probe import tree_problem
+from hf_ext.generation.speculative.stopping import Stopping
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.generation.speculative.tree_state import TreeState
 from hf_ext.generation.speculative.vocabulary import check_vocabularies, fit_logits, fit_tokens, vocabulary_size
@@ -161,7 +162,8 @@ def as_model(draft: Any, target: PreTrainedModel) -> PreTrainedModel:
         except (OSError, ValueError) as error:  # what transformers raises for a folder or name without a model
             raise ValueError(f"cannot load the draft model {str(draft)!r}: {error}") from error
     raise ValueError(
-        f"draft_model must be a causal language model, or the name or folder of one, got a {type(draft).__name__}"
+        "draft_model must be a causal language model, or the name or folder of one, got an object of type "
+        f"{type(draft).__name__}"
     )
 
 
@@ -219,8 +221,8 @@ class ChainDrafter(ModelDrafter):
 
     Args:
         model: the draft model.
-        length: tokens to draft.
-        confidence: draft no further where the draft model's likeliest token has a probability below this.
+        length: tokens to draft at most.
+        stopping: says when a chain is long enough before that.
 
     Attributes:
         seen: the draft model's `(lanes, vocabulary)` logits at the root and at every node but the last.
@@ -228,9 +230,9 @@ class ChainDrafter(ModelDrafter):
 
     seen: list[torch.Tensor]
 
-    def __init__(self, model: PreTrainedModel, length: int, confidence: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, length: int, stopping: Stopping | None = None) -> None:
         super().__init__(model)
-        self.length, self.confidence = length, confidence
+        self.length, self.stopping = length, stopping
         self.ahead = length
 
     def propose(self, context: DraftContext) -> DraftTree:
@@ -241,6 +243,6 @@ class ChainDrafter(ModelDrafter):
             self.length,
             lambda: self.draft.catch_up(context),
             lambda tokens, place: self.draft.extend(tokens[:, None], [[place]] * lanes)[:, 0],
-            self.confidence,
+            self.stopping,
         )
         return tree

@@ -18,6 +18,7 @@ import torch
 from hf_ext.generation.speculative.chain import draft_chain
 from hf_ext.generation.speculative.context import DraftContext
 from hf_ext.generation.speculative.drafter import Drafter
+from hf_ext.generation.speculative.stopping import ByConfidence
 from hf_ext.generation.speculative.tree import DraftTree
 from hf_ext.layers import captured, only_layers
 
@@ -45,7 +46,7 @@ class SelfDrafter(Drafter):
             self.length,
             lambda: self.evaluate(context, torch.tensor([text[-1] for text in context.texts], device=context.device)),
             lambda tokens, place: self.evaluate(context, tokens),
-            self.confidence,
+            ByConfidence(self.confidence) if self.confidence else None,
         )
         self.drafted(context, tree)
         context.target.rewind()
