@@ -32,8 +32,14 @@ def reads_codes(store: PackedStore, query: Tensor, given: Given, plain: bool) ->
 
 @torch.no_grad()
 def attend_packed(
-    store: PackedStore, query: Tensor, given: Given, scale: float, softcap: float | None, sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    store: PackedStore,
+    query: Tensor,
+    given: Given,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    counts: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attend to all that a store holds.
 
     Args:
@@ -43,15 +49,15 @@ def attend_packed(
         scale: of the scores.
         softcap: of the scores.
         sinks: `(heads,)`.
+        counts: whether it is asked what entries got of the attention.
 
     Returns:
-        `(rows, q, heads, width)`, and `(rows, key heads, recent)` float32, what each recent entry got of the attention.
+        `(rows, q, heads, width)`, and `(rows, key heads, recent)` float32, what each recent entry got of the
+        attention, or None.
     """
-    if runs_kernels(query.device):
-        out, sums = _by_kernel(store, query, given, scale, softcap, sinks)
-    else:
-        out, sums = _at_once(store, query, given, scale, softcap, sinks)
-    return out.to(query.dtype).transpose(1, 2).contiguous(), sums.float()
+    attend = _by_kernel if runs_kernels(query.device) else _at_once
+    out, weights = attend(store, query, given, scale, softcap, sinks)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), weights.sum(2).float() if counts else None
 
 
 def _by_kernel(
@@ -80,7 +86,7 @@ def _by_kernel(
         with_sink = torch.logaddexp(whole, sinks.to(whole.dtype)[:, None])
         out, whole = out * (whole - with_sink).exp()[..., None], with_sink
     part = (own - whole.masked_fill(whole.isneginf(), 0)).exp()
-    return out, (weights * part.view(*grouped.shape[:3], 1)).sum(2)
+    return out, weights * part.view(*grouped.shape[:3], 1)
 
 
 def _at_once(
@@ -91,10 +97,11 @@ def _at_once(
     recent, frozen, bits = store.recent, store.frozen, store.quantisation.bits
     key_codes, key_scale, key_zero, value_codes, value_scale, value_zero = store.codes()
     grouped = _grouped(query, store, scale)
+    keys, values = (found.to(grouped.dtype).flatten(0, 1) for found in (recent.keys, recent.values))
     scores = grouped.new_empty(*grouped.shape[:3], len(store))
     packed, open_ = scores[..., :frozen], scores[..., frozen:]
     packed_scores(grouped, key_codes, key_scale, key_zero, bits, packed)
-    open_.copy_(grouped @ recent.keys.to(grouped.dtype).mT)
+    torch.bmm(grouped.flatten(0, 1), keys.mT, out=open_.view(len(keys), *open_.shape[2:]))
     scores = _capped(scores, softcap)
     if store.packed_bias is not None:
         packed += store.packed_bias[:, :, None]
@@ -112,9 +119,10 @@ def _at_once(
         sink = sinks.to(scores.dtype).repeat_interleave(count).view(1, grouped.shape[1], -1, 1)
         lse = scores.logsumexp(-1, keepdim=True)
         weights *= (lse - torch.logaddexp(lse, sink)).exp()
-    out = packed_sums(weights[..., :frozen], value_codes, value_scale, value_zero, bits)
-    out += weights[..., frozen:] @ recent.values.to(out.dtype)
-    return out.view(rows, heads, count, -1), weights[..., frozen:].sum(2)
+    packed, open_ = weights[..., :frozen], weights[..., frozen:]
+    out = packed_sums(packed, value_codes, value_scale, value_zero, bits)
+    out.view(-1, *out.shape[2:]).baddbmm_(open_.flatten(0, 1), values)
+    return out.view(rows, heads, count, -1), open_
 
 
 def _grouped(query: Tensor, store: PackedStore, scale: float) -> Tensor:

@@ -47,28 +47,25 @@ def packed_scores(
         return
     heads, group, planes = rows * key_heads, tokens // groups, 8 // bits
     part = width // planes
-    scale, zero = (found.to(query.dtype).view(heads, groups, 1, width) for found in (scale, zero))
-    query = query.reshape(heads, 1, lines, width)
-    scaled = query * scale
-    least = (query[:, 0] @ zero[:, :, 0].mT).mT[..., None].expand(-1, -1, -1, group)
+    scale, zero = (found.to(query.dtype).view(heads, groups, width) for found in (scale, zero))
+    query = query.reshape(heads, lines, width)
+    least = torch.bmm(query, zero.mT)[..., None]
+    scaled = query[:, None] * scale[:, :, None]
     codes = codes.reshape(heads, groups, group, part)
-    out = out.view(heads, lines, groups, group).transpose(1, 2)
+    out = out.view(heads, lines, groups, group)
     # Blocks are some heads with all of their tokens, or some tokens of one head: they lie side by side.
-    many = max(LARGEST // (tokens * part), 1)
+    many = min(max(LARGEST // (tokens * part), 1), heads)
     step = groups if tokens * part <= LARGEST else max(LARGEST // (group * part), 1)
-    room = query.new_empty(min(many, heads), min(step, groups), group, part)
+    room = Room(query, many * step * group * part, bits)
     for head in range(0, heads, many):
         for first in range(0, groups, step):
-            some = [codes, least, scaled, out]
-            if len(room) < heads or step < groups:
-                some = [whole[head : head + many, first : first + step] for whole in some]
-            of, start, by, there = some
-            found = start.flatten(0, 1)
+            at = slice(head, head + many), slice(first, first + step)
+            by, there = scaled[at].flatten(0, 1), out.transpose(1, 2)[at]
+            found = by.new_empty(len(by), lines, group)
             for plane in range(planes):
-                numbers = _numbers(of, plane, bits, room).flatten(0, 1)
-                own = by[..., plane * part : (plane + 1) * part].flatten(0, 1)
-                found = torch.baddbmm(found, own, numbers.mT, alpha=0.5 ** (plane * bits))
-            there.copy_(found.view(there.shape))
+                numbers, own = room.fill(codes[at], plane).flatten(0, 1).mT, by[..., plane * part : (plane + 1) * part]
+                found.baddbmm_(own, numbers, beta=min(plane, 1), alpha=0.5 ** (plane * bits))
+            torch.add(found.view(there.shape), least.transpose(1, 2)[at], out=there)
 
 
 def packed_sums(
@@ -95,36 +92,49 @@ def packed_sums(
     width = part * planes
     group = width // groups
     run = math.gcd(part, group)  # so many channels lie in one plane and in one group
+    weights = weights.flatten(0, 1)
     # To multiply numbers that do not lie side by side is slow.
-    scale = scale.to(weights.dtype).mT.contiguous()
-    least = (weights @ zero.to(weights.dtype)).flatten(0, 1)
-    sums = [least[..., first // group, None].expand(-1, -1, run) for first in range(0, width, run)]
-    by_group = (weights[:, :, None] * scale[:, :, :, None]).flatten(0, 1)
+    scale, zero = (found.to(weights.dtype).view(heads, tokens, groups).mT.contiguous() for found in (scale, zero))
+    out = weights.new_empty(heads, lines, width)
+    out.view(heads, lines, groups, group).copy_(torch.bmm(weights, zero.mT)[..., None])
+    by_group = weights[:, None] * scale[:, :, None]
     codes = codes.reshape(heads, tokens, part)
-    step = max(LARGEST // (heads * part), 1)
-    room = weights.new_empty(heads, min(step, tokens), part)
+    step = min(max(LARGEST // (heads * part), 1), tokens)
+    room = Room(weights, heads * step * part, bits)
     for first in range(0, tokens, step):
         at = slice(first, first + step)
         for plane in range(planes):
-            numbers = _numbers(codes[:, at], plane, bits, room)
+            numbers = room.fill(codes[:, at], plane)
             for place in range(plane * part // run, (plane + 1) * part // run):
                 by, of = by_group[:, place * run // group, :, at], numbers[..., place * run % part :][..., :run]
-                sums[place] = torch.baddbmm(sums[place], by, of, alpha=0.5 ** (plane * bits))
-    return torch.cat(sums, dim=2).view(rows, key_heads, lines, width)
+                out[..., place * run : (place + 1) * run].baddbmm_(by, of, alpha=0.5 ** (plane * bits))
+    return out.view(rows, key_heads, lines, width)
 
 
-def _numbers(codes: torch.Tensor, plane: int, bits: int, room: torch.Tensor) -> torch.Tensor:
-    """Return one code of every byte as a floating number, times `2 ** (plane * bits)`.
+class Room:
+    """Where codes become floating numbers, block after block.
 
     Args:
-        codes: uint8 `(heads, n, ...)`.
-        plane: the place of the codes in their bytes.
+        like: a tensor of the dtype and the device that the numbers are to have.
+        size: so many numbers at a time.
         bits: of a code.
-        room: of the same shape or larger in the first two axes, written to.
     """
-    if room.shape != codes.shape:
-        room = room[: codes.shape[0], : codes.shape[1]]
-    return room.copy_(codes if bits == 8 else codes & _mask(plane, bits, codes.device))
+
+    def __init__(self, like: torch.Tensor, size: int, bits: int) -> None:
+        self.bits = bits
+        self.numbers = like.new_empty(size)
+        self.bytes = self.numbers if bits == 8 else like.new_empty(size, dtype=torch.uint8)
+        self.shaped = self.numbers, self.bytes
+
+    def fill(self, codes: torch.Tensor, plane: int) -> torch.Tensor:
+        """Return one code of every byte as a floating number, times `2 ** (plane * bits)`, in the shape of `codes`."""
+        if self.shaped[0].shape != codes.shape:
+            count = codes.numel()
+            self.shaped = self.numbers[:count].view(codes.shape), self.bytes[:count].view(codes.shape)
+        numbers, masked = self.shaped
+        if self.bits < 8:
+            codes = torch.bitwise_and(codes, _mask(plane, self.bits, codes.device), out=masked)
+        return numbers.copy_(codes)
 
 
 @functools.cache
