@@ -11,8 +11,10 @@ now and then; its column `c` holds token `c + dropped`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
@@ -22,6 +24,9 @@ from hf_ext import adapter
 SLACK = 64
 #: Columns that trees of usual size take beyond the longest text.
 SCRATCH = 64
+#: Columns beyond what is needed, lest each step copies: of tensors, and of a block, whose memory costs nothing
+#: before it is written.
+SPARE, FREE = 64, 512
 
 
 class Columns:
@@ -38,6 +43,9 @@ class Columns:
         slots: `(lanes, n)` int64 columns of the tokens to be written, otherwise.
         stop: columns that attention reads.
         limit: columns that the longest text takes, None if that is not known.
+        block: `(2 * layers, lanes, heads, columns, width)` keys and values of all layers that are alike, on a
+            CPU; a path is moved in all of them at once. None before they hold something, and where there is none.
+        filled: columns that may hold something.
     """
 
     def __init__(self, lanes: int, window: int | None, drops: bool = True) -> None:
@@ -48,11 +56,14 @@ class Columns:
         self.stop = 0
         self.limit: int | None = None
         self.layers: list[RowLayer] = []
+        self.block: torch.Tensor | None = None
+        self.filled = 0
 
     def aim(self, lengths: list[int], earlier: int, count: int, device: torch.device) -> None:
         """Get ready to write `count` columns behind `earlier` columns of a tree behind each lane's block."""
         starts = [length - dropped + earlier for length, dropped in zip(lengths, self.dropped, strict=True)]
         self.stop = max(starts) + count
+        self.filled = max(self.filled, self.stop)
         if len(set(starts)) == 1:
             self.start, self.slots = starts[0], None
         else:
@@ -66,23 +77,30 @@ class Columns:
             lengths: tokens in each block.
             paths: numbers of the accepted nodes in the tree, from 0, increasing.
         """
-        if all(path == list(range(len(path))) for path in paths):
-            return
-        longest = max(map(len, paths))
         starts = [length - dropped for length, dropped in zip(lengths, self.dropped, strict=True)]
+        first = [next((place for place, node in enumerate(path) if node != place), len(path)) for path in paths]
+        if all(place == len(path) for place, path in zip(first, paths, strict=True)):
+            return  # they lie where they should
+        if self.block is not None:
+            for lane, (start, place, path) in enumerate(zip(starts, first, paths, strict=True)):
+                if place < len(path):
+                    source = torch.tensor([start + node for node in path[place:]])
+                    _move(self.block[:, lane], start + place, source)
+        others = [layer for layer in self.layers if not layer.shared and layer.keys is not None]
+        if not others:
+            return
         if len(paths) == 1:
             source = torch.tensor(paths[0]) + starts[0]
-            for layer in self.layers:
-                layer.move_one(starts[0], source)
+            for layer in others:
+                _move(layer.keys, starts[0], source)
+                _move(layer.values, starts[0], source)
             return
         # A lane with a shorter path copies further columns onto themselves.
+        longest = max(map(len, paths))
         filled = [path + list(range(len(path), longest)) for path in paths]
-        first = torch.tensor(starts)[:, None]
-        last = self.layers[0].keys.shape[2] - 1 if self.layers and self.layers[0].keys is not None else 0
-        source = (torch.tensor(filled) + first).clamp(max=last)
-        target = (torch.arange(longest) + first).clamp(max=last)
-        for layer in self.layers:
-            layer.move(source, target)
+        begin, last = torch.tensor(starts)[:, None], others[0].keys.shape[2] - 1
+        for layer in others:
+            layer.move((torch.tensor(filled) + begin).clamp(max=last), (torch.arange(longest) + begin).clamp(max=last))
 
     def trim(self, lengths: list[int]) -> None:
         """Drop what has left the window, once there is much of it."""
@@ -98,9 +116,62 @@ class Columns:
     def select(self, lanes: list[int]) -> None:
         """Go on with these lanes only."""
         index = torch.tensor(lanes)
+        if self.block is not None:
+            self._refill(self.block[..., : self.filled, :].index_select(1, index), self.block.shape[3])
         for layer in self.layers:
-            layer.select(index)
+            if not layer.shared:
+                layer.select(index)
         self.dropped = [self.dropped[lane] for lane in lanes]
+
+    def make_room(self, layer: RowLayer, keys: torch.Tensor, values: torch.Tensor, needed: int) -> None:
+        """Give a layer that holds nothing yet so many columns or more, of zeros, for keys and values like these."""
+        alike = keys.shape == values.shape and keys.dtype == values.dtype and keys.device == values.device
+        if alike and keys.device.type == "cpu" and not any(one.is_initialized for one in self.layers):
+            shape = (2 * len(self.layers), *keys.shape[:2], self._room(needed, free=True), keys.shape[3])
+            self.block = _untouched(shape, keys.dtype)
+        block = self.block
+        if block is not None and alike and keys.device == block.device and keys.dtype == block.dtype:
+            layer.shared = block[0, :, :, 0].shape == keys[:, :, 0].shape and len(block) == 2 * len(self.layers)
+        if layer.shared and block is not None:
+            self._lay_out(block)
+            if block.shape[3] < needed:
+                self.grow(layer, needed)
+        else:
+            layer.keys, layer.values = (_zeros(like, self._room(needed)) for like in (keys, values))
+
+    def grow(self, layer: RowLayer, needed: int) -> None:
+        """Give a layer so many columns or more, and with it those that share its block."""
+        if layer.shared and self.block is not None:
+            self._refill(self.block[..., : self.filled, :], self._room(needed, free=True))
+            return
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            new = _zeros(held, self._room(needed))
+            new[:, :, : held.shape[2]] = held
+            setattr(layer, name, new)
+
+    def _room(self, needed: int, free: bool = False) -> int:
+        spare = FREE if free and self.window is None else SPARE
+        room, limit = needed + max(needed // 8, spare), self.limit  # few copies, never much more than is needed
+        if limit is None:
+            return room
+        # A chain stays within the text. Trees that do not get the columns of all to come at once, lest each copy.
+        return min(room, limit) if needed <= limit else max(min(room, limit + SCRATCH), needed)
+
+    def _refill(self, held: torch.Tensor, columns: int) -> None:
+        """Go on with a block of so many columns that begins with these."""
+        shape = (*held.shape[:3], columns, held.shape[4])
+        block = _untouched(shape, held.dtype)
+        stop = min(held.shape[3], columns)
+        block[..., :stop, :] = held[..., :stop, :]
+        self._lay_out(block)
+
+    def _lay_out(self, block: torch.Tensor) -> None:
+        """Let the layers that share a block look into this one."""
+        self.block = block
+        for number, layer in enumerate(self.layers):
+            if layer.shared:
+                layer.keys, layer.values = block[2 * number], block[2 * number + 1]
 
 
 class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
@@ -109,23 +180,26 @@ class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
     Args:
         columns: where to write and what to read, shared with the layers of the same kind.
         fixed: whether the tensors are those of a static cache and cannot grow.
+
+    Attributes:
+        shared: whether keys and values are views of the columns' block.
     """
 
+    keys: Any
+    values: Any
     is_compileable = False
     is_croppable = False
 
     def __init__(self, columns: Columns, fixed: bool = False) -> None:
         super().__init__()
-        self.columns, self.fixed = columns, fixed
+        self.columns, self.fixed, self.shared = columns, fixed, False
         self.is_sliding = columns.window is not None
         columns.layers.append(self)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for the first columns."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        room = self._room(self.columns.stop)
-        self.keys = _zeros(key_states, room)
-        self.values = _zeros(value_states, room)
+        self.columns.make_room(self, key_states, value_states, self.columns.stop)
         self.is_initialized = True
 
     def update(
@@ -170,9 +244,10 @@ class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         """
         longest = max(map(len, kept))
         if not self.fixed:
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            room = self._room(longest)
-            self.keys, self.values = _zeros(keys, room), _zeros(values, room)
+            self.dtype, self.device = keys.dtype, keys.device
+            self.columns.filled = max(self.columns.filled, longest)
+            self.columns.make_room(self, keys, values, longest)
+            self.is_initialized = True
         for lane, columns in enumerate(kept):
             whole = len(columns) == keys.shape[2]
             at = slice(None) if whole else columns.to(keys.device)
@@ -181,30 +256,22 @@ class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
                 if not (whole and self.fixed):
                     new[lane, :, : len(columns)] = old[lane][:, at]
 
-    def move_one(self, start: int, source: torch.Tensor) -> None:
-        """Copy the columns `source` of the only lane to `start` and after."""
-        if self.keys is not None:
-            source = source.to(self.keys.device)
-            for states in (self.keys, self.values):
-                states[:, :, start : start + len(source)] = states.index_select(2, source)
-
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copy columns `source` to columns `target`, both `(lanes, n)`."""
-        if self.keys is not None:
-            source, target = source.to(self.keys.device), target.to(self.keys.device)
-            lanes = torch.arange(len(source), device=source.device)[:, None]
-            for states in (self.keys, self.values):
-                states[lanes, :, target] = states[lanes, :, source]
+        source, target = source.to(self.keys.device), target.to(self.keys.device)
+        lanes = torch.arange(len(source), device=source.device)[:, None]
+        for states in (self.keys, self.values):
+            states[lanes, :, target] = states[lanes, :, source]
 
     def shift(self, surplus: list[int]) -> None:
         """Drop the first `surplus` columns of each lane."""
         if self.keys is None:
             return
-        room = self.keys.shape[2]
+        stop = min(self.columns.filled, self.keys.shape[2])
         for states in (self.keys, self.values):
             for lane, count in enumerate(surplus):
                 if count:
-                    states[lane, :, : room - count] = states[lane, :, count:].clone()
+                    states[lane, :, : stop - count] = states[lane, :, count:stop].clone()
 
     def select(self, lanes: torch.Tensor) -> None:
         """Go on with these lanes only."""
@@ -212,30 +279,31 @@ class RowLayer(adapter.cache_layer_base()):  # type: ignore[misc]
             self.keys = self.keys.index_select(0, lanes.to(self.keys.device))
             self.values = self.values.index_select(0, lanes.to(self.values.device))
 
-    def _room(self, needed: int) -> int:
-        room, limit = needed + max(needed // 8, 64), self.columns.limit  # few copies, never much more than is needed
-        if limit is None:
-            return room
-        # A chain stays within the text. Trees that do not get the columns of all to come at once, lest each copy.
-        return min(room, limit) if needed <= limit else max(min(room, limit + SCRATCH), needed)
-
     def _grow(self, needed: int) -> None:
         if self.fixed:
             raise RuntimeError(
                 f"a step needs {needed} columns of a static cache that has {self.keys.shape[2]}; the engine should "
                 "have drafted less"
             )
-        room = self._room(needed)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = _zeros(old, room)
-            new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+        self.columns.grow(self, needed)
 
 
 def _zeros(like: torch.Tensor, columns: int) -> torch.Tensor:
     # Not empty: what stands in a masked column is multiplied by 0, and 0 times NaN is NaN.
     return like.new_zeros(like.shape[0], like.shape[1], columns, like.shape[3])
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros on the CPU whose memory is taken page by page when it is written, as `torch.zeros` does not."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64  # where torch's own memory would begin
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+
+
+def _move(states: torch.Tensor, start: int, source: torch.Tensor) -> None:
+    """Copy the columns `source` of `(..., columns, width)` to `start` and after."""
+    states.narrow(-2, start, len(source)).copy_(states.index_select(-2, source.to(states.device)))
 
 
 class RowCache(Cache):
@@ -267,9 +335,11 @@ class RowCache(Cache):
                 self.groups[window] = Columns(lanes, window, drops=adapter.layer_window(layer) is not None)
                 if window is None:
                     self.groups[window].limit = limit
-            columns = self.groups[window]
+            fixed = kept is not None and adapter.layer_buffers(layer) is not None
+            layers.append(RowLayer(self.groups[window], fixed))
+        for layer, new in zip(model_cache.layers, layers, strict=True):
+            columns = new.columns
             buffers = None if kept is None else adapter.layer_buffers(layer)
-            new = RowLayer(columns, fixed=buffers is not None)
             held = None if kept is None else adapter.layer_tensors(layer)
             if kept is not None and held is not None:
                 keys, values, dropped = held
@@ -282,7 +352,6 @@ class RowCache(Cache):
                 if release:
                     del held, keys, values
                     adapter.release_layer(layer)
-            layers.append(new)
         super().__init__(layers=layers)
 
     @property
