@@ -63,6 +63,8 @@ class Installation:
         self.quiet = False
         if objective.has("on_layer") or objective.has("loss_on_hidden"):
             self._hook_layers(objective, model)
+        if args.torch_compile:
+            torch.compiler.reset()  # what was compiled before does not notice that hooks have come since
         self._finalizer = weakref.finalize(objective, self._take_off)
 
     def remove(self) -> None:
@@ -241,6 +243,7 @@ class _LossHook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self._original
 
+    @torch.compiler.disable
     def __call__(
         self,
         logits: Tensor,

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from hf_ext.testing.example_objectives import Focal, Roulette, Twice
 from hf_ext.testing.objective_training import MASK, arguments, collate, examples, tiny_model, train
 from hf_ext.trainer_callbacks import MEAP, Objective, attach, detach
+from hf_ext.trainer_callbacks.installation import Installation
 
 
 class During(TrainerCallback):
@@ -308,3 +309,16 @@ def test_clean_loss_with_logging_by_epoch_is_measured_at_the_end_of_each():
 def test_a_negative_interval_is_refused():
     with pytest.raises(ValueError, match="clean_loss_every must be None, 0 or a number of steps, got -1"):
         MEAP(clean_loss_every=-1)
+
+
+def test_code_that_was_compiled_before_sees_the_hooks_of_a_training(tmp_path):
+    """`torch.compile` keeps no watch on hooks: without compiling anew, those that come later are never called."""
+    model, seen = torch.nn.Sequential(torch.nn.Linear(2, 2)), []
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.ones(1, 2))
+    model[0].register_forward_pre_hook(torch.compiler.disable(lambda module, given: seen.append(1)))
+    compiled(torch.ones(1, 2))
+    assert not seen, "torch.compile now sees hooks that come later: Installation need not reset it"
+    Installation(Focal(), tiny_model(), arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")).remove()
+    compiled(torch.ones(1, 2))
+    assert seen
