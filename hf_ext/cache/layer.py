@@ -477,6 +477,8 @@ class CompressedLayer(adapter.cache_layer_base()):  # type: ignore[misc]
         if isinstance(self.store, PackedStore):
             self.store.flush()
         self._quiet = quiet.passes(self)
+        if isinstance(self.store, DenseStore):
+            self.store.expected = self._quiet + 1 if self._quiet else 0
 
     def _drop(self, passes: list[Pass], prefill: bool) -> None:
         policy = self.policy

@@ -231,7 +231,7 @@ class CachePolicy:
         return scores.masked_fill(~entries.real, -torch.inf)
 
     def slack(self, keep: int) -> int:
-        """Return how many tokens too many are tolerated while decoding, before some are dropped."""
+        """Return how many tokens too many are tolerated while decoding, before some are dropped; no fewer for more."""
         return (max(1, keep // 64) if self.interval is None else self.interval) - 1
 
     def options(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from hf_ext.attention.backend import CACHE_LAYER
 from hf_ext.attention.mode import runs_kernels
 from hf_ext.cache import attending
+from hf_ext.cache.budget import tokens_of
 from hf_ext.cache.passes import Attend
 from hf_ext.cache.stores.dense import DenseStore
 from hf_ext.cache.stores.packed import PackedStore
@@ -43,11 +44,30 @@ def passes(layer: CompressedLayer) -> int:
         return sys.maxsize
     if policy.queries > 1:  # the last ones are held
         return 0
-    allowed = [keep + policy.slack(keep) for keep in layer.allowance()]  # and never less later
     if isinstance(store, DenseStore):
-        return max(min(allowed) - len(store), 0)
+        return min(until(layer, len(store), tokens) for tokens in layer.tokens)
     heads = store.starts.shape[1]
-    return max(min((most * heads - total) // heads for most, total in zip(allowed, store.totals, strict=True)), 0)
+    return min(until(layer, -(-held // heads), tokens) for held, tokens in zip(store.totals, layer.tokens, strict=True))
+
+
+def until(layer: CompressedLayer, held: int, tokens: int) -> int:
+    """Return how many more tokens of a row may be held before some are too many.
+
+    Args:
+        layer: whose budget it is.
+        held: entries of a head.
+        tokens: real ones that the row has seen.
+    """
+    budget, slack = layer.cache.budget_of(layer.number), layer.policy.slack
+    if isinstance(budget, int):  # as long as less than the budget was seen, all of it may be held
+        return max(budget + slack(budget) - held, 0)
+    count = 0
+    while True:  # a share grows with what is seen
+        [allowed] = tokens_of(budget, [tokens + count])
+        more = allowed + slack(allowed) - held - count
+        if more <= 0:
+            return count
+        count += more
 
 
 def attend(

@@ -1,7 +1,8 @@
 """All heads of a row hold the same number of entries: plain tensors with a little room at the end.
 
     keys     (rows, key heads, n + room, width)      a new token is written into the room; when there is
-    values   (rows, key heads, n + room, width)      none left, the tensors grow by a 128th
+    values   (rows, key heads, n + room, width)      none left, the tensors grow by a 128th,
+                                                     or twice as much if so many are to come before some go
     steps    (rows, 1 or key heads, n + room)        columns, mostly a byte for each; see `steps.py`
 
 A row that holds less than the others begins with entries of column -1, the same number in all heads.
@@ -43,6 +44,8 @@ class DenseStore:
         self._last: Tensor | int | None = None
         #: The places of the room, keys and values, in the order in which they are filled; see `append_one`.
         self._room: list[tuple[Tensor, Tensor]] = []
+        #: How many tokens will come one by one, as far as is known.
+        self.expected = 0
 
     def __len__(self) -> int:
         return self.length
@@ -92,7 +95,8 @@ class DenseStore:
             if held is None:
                 self.buffers = new
             else:
-                self._grow(new, 0 if tracked else min((self.length + count) // self.part, MOST_ROOM))
+                extra = min((self.length + count) // self.part, MOST_ROOM)
+                self._grow(new, 0 if tracked else max(extra, min(2 * extra, MOST_ROOM, self.expected - count)))
         else:
             self._write(new, count)
         self.length += count
