@@ -81,10 +81,12 @@ class RaggedRows:
         """
         ids = self.with_tokens(row, tokens)
         scores = logits.to(copy=True, dtype=torch.float32, device=tokens.device)
+        alone = len(self._ids) == len(ids) == 1  # one line of one row: there is nothing to tell apart
         for processor in self.run.logits_processor:
-            if adapter.ignores_row_number(processor):
+            allowed = adapter.prefix_function(processor)
+            if adapter.ignores_row_number(processor) or (alone and not allowed):
                 scores = processor(ids, scores)
-            elif allowed := adapter.prefix_function(processor):
+            elif allowed:
                 of_row = PrefixConstrainedLogitsProcessor(lambda _, i, f=allowed: f(row, i), num_beams=1)
                 scores = of_row(ids, scores)
             else:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_ext.generation.speculative.probe import tree_problem
+from hf_ext.generation.speculative.row_cache import Columns, RowLayer
 from hf_ext.generation.speculative.tree_state import TreeState
 from hf_ext.testing import tiny_models
 
@@ -101,3 +102,33 @@ def test_a_model_that_ignores_positions_is_found_out():
     forward = model.model.forward
     model.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
     assert "does not follow" in str(tree_problem(model))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_kept_of_every_layer_survives_growth_and_lanes_that_leave(alike):
+    """Layers of one shape share a block of memory; one of another shape has its own."""
+    rng, columns = random.Random(0), Columns(3, None)
+    layers = [RowLayer(columns) for _ in range(3)]
+    lengths, texts = [0, 0, 0], [[[] for _ in range(3)] for _ in layers]
+    for step in range(12):
+        count = rng.choice([2, 5, 300])
+        columns.aim(lengths, 0, count, torch.device("cpu"))
+        paths = [sorted(rng.sample(range(count), rng.randrange(count))) for _ in lengths]
+        for number, (layer, held) in enumerate(zip(layers, texts, strict=True)):
+            states = torch.randn(len(lengths), 2, count, 4 if alike or number else 6)
+            layer.update(states, -states)
+            for lane, path in enumerate(paths):
+                held[lane] += states[lane, :, path].unbind(1)
+        columns.move(lengths, paths)
+        lengths = [length + len(path) for length, path in zip(lengths, paths, strict=True)]
+        if step in (5, 8):
+            stay = [1, 0][: len(lengths) - 1]
+            columns.select(stay)
+            lengths, texts = [lengths[lane] for lane in stay], [[held[lane] for lane in stay] for held in texts]
+    for layer, held in zip(layers, texts, strict=True):
+        for lane, length in enumerate(lengths):
+            expected = torch.stack(held[lane], 1)
+            error = (layer.keys[lane, :, :length] - expected).abs().max()
+            assert error == 0, f"keys of lane {lane} are off by {error}"
+            assert torch.equal(layer.values[lane, :, :length], -expected)
+    assert (columns.block is not None and all(layer.shared for layer in layers)) or not alike
