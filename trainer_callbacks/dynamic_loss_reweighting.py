@@ -23,6 +23,7 @@ from hf_ext.trainer_callbacks.documents import split_clean
 from hf_ext.trainer_callbacks.installation import objectives_on
 from hf_ext.trainer_callbacks.objective import Objective
 from hf_ext.trainer_callbacks.statistics import loss_of_statistics
+from hf_ext.trainer_callbacks.tap import texts_of
 
 #: What each strategy makes of a loss h in [-1, 1]; it sees no others.
 STRATEGIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -75,7 +76,8 @@ class DynamicLossReweighting(Objective):
 
     Each token's loss is multiplied by n times the weight of its row, n rows in all, and the sum divided
     by the number of targets. Where all rows have equally many targets, as in pre-training, that is the
-    paper's weighted mean of the rows' mean losses; otherwise long rows keep their share.
+    paper's weighted mean of the rows' mean losses; otherwise long rows keep their share. In packed rows, whose
+    `position_ids` start again, each text counts as a row.
 
     Args:
         strategy: what is preferred: "linupper" rows of at least middling loss (the paper's best for
@@ -122,7 +124,8 @@ class DynamicLossReweighting(Objective):
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be a number of steps, got {self.warmup_steps!r}")
         self._planned: Iterator[Tensor] | None = None
-        self._ahead: Tensor | None = None  # filled with row losses while looking ahead
+        self._ahead: Tensor | None = None  # filled with the losses of samples while looking ahead
+        self._window: Mapping[str, Any] = {}  # the batch that is looked at then
 
     def has(self, hook: str) -> bool:
         """Tell whether the objective uses `hook`: it looks ahead only where it is attached."""
@@ -152,25 +155,33 @@ class DynamicLossReweighting(Objective):
         """Return the weighted sum and the number of targets."""
         count = torch.as_tensor(targets.numel())
         if self._ahead is not None:
-            self._ahead = _row_losses(statistics.nll, self.rows, len(self._ahead))
+            self._ahead = _sample_losses(statistics.nll, *self._samples(self._window))
             return statistics.nll.sum(), count
         if not math.isfinite(self._temperature()):
             return statistics.nll.sum(), count
+        numbers, total = self._samples(self.batch)
         if self._planned is not None:
             weights = next(self._planned)
         else:
-            [weights] = self._factors([_row_losses(statistics.nll, self.rows, _rows_of(self.batch))])
-        return (weights[self.rows.to(weights.device)] * statistics.nll).sum(), count
+            [weights] = self._factors([_sample_losses(statistics.nll, numbers, total)])
+        return (weights[numbers.to(weights.device)] * statistics.nll).sum(), count
 
     def _temperature(self) -> float:
         return self.warmup_temperature if self._state.global_step < self.warmup_steps else self.temperature
 
     def _factors(self, losses: Sequence[Tensor]) -> list[Tensor]:
         found = factors(losses, self.strategy, self._temperature(), _over_processes())
-        together = torch.cat(found)
+        together, real = torch.cat(found), (~torch.cat(list(losses)).isnan()).sum()
         # rows that would weigh as much if they weighed the same: n for equal weights
-        self.record("reweighting_effective_share", together.sum() ** 2 / together.square().sum(), len(together))
+        self.record("reweighting_effective_share", together.sum() ** 2 / together.square().sum(), real)
         return found
+
+    def _samples(self, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+        """Number the sample of each target: its row, or its text where the positions of a row start again."""
+        positions = batch.get("position_ids")
+        if batch.get("input_ids") is None or positions is None or positions.dim() != 2:
+            return self.rows, _rows_of(batch)
+        return texts_of({name: batch[name] for name in ("input_ids", "position_ids")}, self.rows, self.columns)
 
     @torch.no_grad()
     def _losses_ahead(self, trainer: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -190,12 +201,12 @@ class DynamicLossReweighting(Objective):
         with in_evaluation(model), trainer.compute_loss_context_manager():
             outputs = model(**inputs)
         beyond = 0 if head else outputs.logits.shape[1] - targets.shape[1]  # prompt tuning puts virtual tokens first
-        self._ahead = torch.empty(_rows_of(inputs))
+        self._ahead, self._window = torch.empty(0), inputs
         try:
             loss_of_statistics(self, head, outputs.logits[:, beyond:], targets, {})
             return self._ahead
         finally:
-            self._ahead = None
+            self._ahead, self._window = None, {}
 
 
 def _rows_of(batch: Mapping[str, Any]) -> int:
@@ -203,11 +214,11 @@ def _rows_of(batch: Mapping[str, Any]) -> int:
     return len(next(value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1))
 
 
-def _row_losses(nll: Tensor, numbers: Tensor, rows: int) -> Tensor:
-    """Return each row's mean loss; NaN for rows without targets."""
+def _sample_losses(nll: Tensor, numbers: Tensor, total: int) -> Tensor:
+    """Return the mean loss of each of `total` samples; NaN for those without targets."""
     nll, numbers = nll.detach().float(), numbers.to(nll.device)
-    sums = nll.new_zeros(rows).index_add_(0, numbers, nll)
-    return sums / nll.new_zeros(rows).index_add_(0, numbers, torch.ones_like(nll))
+    sums = nll.new_zeros(total).index_add_(0, numbers, nll)
+    return sums / nll.new_zeros(total).index_add_(0, numbers, torch.ones_like(nll))
 
 
 def _over_processes() -> Callable[[Tensor, str], Tensor] | None:

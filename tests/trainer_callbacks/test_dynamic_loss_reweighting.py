@@ -180,3 +180,24 @@ def test_accumulation_without_attach_and_wrong_options_are_refused():
         DynamicLossReweighting(temperature=0)
     with pytest.raises(ValueError, match="warmup_steps must be a number of steps"):
         DynamicLossReweighting(warmup_steps=-1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_texts_of_a_packed_row_are_weighed_as_rows_are(parts):
+    def packed(rows):
+        return {
+            "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+            "labels": torch.tensor([[label for row in rows for label in (-100, *row["labels"][1:])]]),
+            "position_ids": torch.tensor([[at for row in rows for at in range(len(row["input_ids"]))]]),
+        }
+
+    found = []
+    split = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts, **ONE_GRADIENT}
+    for collator in (collate, packed):
+        model = tiny_model(max_position_embeddings=256)
+        trainer = train(model, DynamicLossReweighting(temperature=0.2), attached=True, collator=collator, **split)
+        assert logged(trainer, "reweighting_effective_share")[0] < 0.99
+        found.append((weights(model), logged(trainer, "reweighting_effective_share")[0]))
+    difference = largest_difference(found[0][0], found[1][0])
+    assert difference < 1e-5, f"weights after one step differ by up to {difference:.3g}"
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
