@@ -99,7 +99,7 @@ def _at_once(
     grouped = _grouped(query, store, scale)
     keys, values = (found.to(grouped.dtype).flatten(0, 1) for found in (recent.keys, recent.values))
     scores = grouped.new_empty(*grouped.shape[:3], len(store))
-    packed, open_ = scores[..., :frozen], scores[..., frozen:]
+    packed, open_ = scores.split([frozen, len(recent)], dim=-1)
     packed_scores(grouped, key_codes, key_scale, key_zero, bits, packed)
     torch.bmm(grouped.flatten(0, 1), keys.mT, out=open_.view(len(keys), *open_.shape[2:]))
     scores = _capped(scores, softcap)
@@ -119,7 +119,7 @@ def _at_once(
         sink = sinks.to(scores.dtype).repeat_interleave(count).view(1, grouped.shape[1], -1, 1)
         lse = scores.logsumexp(-1, keepdim=True)
         weights *= (lse - torch.logaddexp(lse, sink)).exp()
-    packed, open_ = weights[..., :frozen], weights[..., frozen:]
+    packed, open_ = weights.split([frozen, len(recent)], dim=-1)
     out = packed_sums(packed, value_codes, value_scale, value_zero, bits)
     out.view(-1, *out.shape[2:]).baddbmm_(open_.flatten(0, 1), values)
     return out.view(rows, heads, count, -1), open_

@@ -122,6 +122,7 @@ def packed_attention_reference(
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)[..., 0]
 
 
+@torch.no_grad()
 def packed_attention_torch(
     query: torch.Tensor,
     key_codes: torch.Tensor,
@@ -137,7 +138,7 @@ def packed_attention_torch(
     visible: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `packed_attention` returns, by `packed_torch`: what a CPU does quickest.
+    """Return what `packed_attention` returns, by `packed_torch`: what a CPU does quickest; there is no gradient.
 
     Example:
         >>> from hf_ext.kernels.packing import quantise_keys, quantise_values

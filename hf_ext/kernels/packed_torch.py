@@ -56,16 +56,21 @@ def packed_scores(
     # Blocks are some heads with all of their tokens, or some tokens of one head: they lie side by side.
     many = min(max(LARGEST // (tokens * part), 1), heads)
     step = groups if tokens * part <= LARGEST else max(LARGEST // (group * part), 1)
-    room = Room(query, many * step * group * part, bits)
+    room = Room(query, (many, step, group, part), bits)
+    tiles: list[torch.Tensor] = [codes, scaled, least.transpose(1, 2), out.transpose(1, 2)]
     for head in range(0, heads, many):
         for first in range(0, groups, step):
-            at = slice(head, head + many), slice(first, first + step)
-            by, there = scaled[at].flatten(0, 1), out.transpose(1, 2)[at]
-            found = by.new_empty(len(by), lines, group)
-            for plane in range(planes):
-                numbers, own = room.fill(codes[at], plane).flatten(0, 1).mT, by[..., plane * part : (plane + 1) * part]
-                found.baddbmm_(own, numbers, beta=min(plane, 1), alpha=0.5 ** (plane * bits))
-            torch.add(found.view(there.shape), least.transpose(1, 2)[at], out=there)
+            some = tiles
+            if many < heads or step < groups:
+                some = [whole[head : head + many, first : first + step] for whole in tiles]
+            of, by, start, there = some
+            numbers = room.take(of.shape)
+            turned = numbers.flatten(0, 1).mT
+            found = query.new_empty(turned.shape[0], lines, group)
+            for plane, own in enumerate(by.flatten(0, 1).split(part, dim=-1)):
+                room.fill(numbers, of, plane)
+                found.baddbmm_(own, turned, beta=min(plane, 1), alpha=0.5 ** (plane * bits))
+            torch.add(found.view(there.shape), start, out=there)
 
 
 def packed_sums(
@@ -97,17 +102,23 @@ def packed_sums(
     scale, zero = (found.to(weights.dtype).view(heads, tokens, groups).mT.contiguous() for found in (scale, zero))
     out = weights.new_empty(heads, lines, width)
     out.view(heads, lines, groups, group).copy_(torch.bmm(weights, zero.mT)[..., None])
-    by_group = weights[:, None] * scale[:, :, None]
+    by_group = (weights[:, None] * scale[:, :, None]).unbind(1)
     codes = codes.reshape(heads, tokens, part)
+    places = out.split(run, dim=-1)
+    each = part // run  # places of a plane
     step = min(max(LARGEST // (heads * part), 1), tokens)
-    room = Room(weights, heads * step * part, bits)
+    room = Room(weights, (heads, step, part), bits)
     for first in range(0, tokens, step):
-        at = slice(first, first + step)
+        of, some = codes, list(by_group)
+        if step < tokens:
+            of, some = codes[:, first : first + step], [by[..., first : first + step] for by in by_group]
+        numbers = room.take(of.shape)
+        runs = numbers.split(run, dim=-1)
         for plane in range(planes):
-            numbers = room.fill(codes[:, at], plane)
-            for place in range(plane * part // run, (plane + 1) * part // run):
-                by, of = by_group[:, place * run // group, :, at], numbers[..., place * run % part :][..., :run]
-                out[..., place * run : (place + 1) * run].baddbmm_(by, of, alpha=0.5 ** (plane * bits))
+            room.fill(numbers, of, plane)
+            for place in range(plane * each, (plane + 1) * each):
+                by = some[place * run // group]
+                places[place].baddbmm_(by, runs[place % each], alpha=0.5 ** (plane * bits))
     return out.view(rows, key_heads, lines, width)
 
 
@@ -116,25 +127,29 @@ class Room:
 
     Args:
         like: a tensor of the dtype and the device that the numbers are to have.
-        size: so many numbers at a time.
+        shape: of the bytes of the largest block.
         bits: of a code.
     """
 
-    def __init__(self, like: torch.Tensor, size: int, bits: int) -> None:
+    def __init__(self, like: torch.Tensor, shape: tuple[int, ...], bits: int) -> None:
         self.bits = bits
-        self.numbers = like.new_empty(size)
-        self.bytes = self.numbers if bits == 8 else like.new_empty(size, dtype=torch.uint8)
-        self.shaped = self.numbers, self.bytes
+        self.numbers = like.new_empty(shape)
+        self.masked = self.numbers if bits == 8 else like.new_empty(shape, dtype=torch.uint8)
+        self.taken = self.masked
 
-    def fill(self, codes: torch.Tensor, plane: int) -> torch.Tensor:
-        """Return one code of every byte as a floating number, times `2 ** (plane * bits)`, in the shape of `codes`."""
-        if self.shaped[0].shape != codes.shape:
-            count = codes.numel()
-            self.shaped = self.numbers[:count].view(codes.shape), self.bytes[:count].view(codes.shape)
-        numbers, masked = self.shaped
+    def take(self, shape: torch.Size) -> torch.Tensor:
+        """Return the room of a block whose bytes are of this shape."""
+        whole = self.numbers.shape == shape
+        numbers, self.taken = (
+            found if whole else found.flatten()[: shape.numel()].view(shape) for found in (self.numbers, self.masked)
+        )
+        return numbers
+
+    def fill(self, numbers: torch.Tensor, codes: torch.Tensor, plane: int) -> None:
+        """Write one code of every byte as a floating number, times `2 ** (plane * bits)`, to where `take` said."""
         if self.bits < 8:
-            codes = torch.bitwise_and(codes, _mask(plane, self.bits, codes.device), out=masked)
-        return numbers.copy_(codes)
+            codes = torch.bitwise_and(codes, _mask(plane, self.bits, codes.device), out=self.taken)
+        numbers.copy_(codes)
 
 
 @functools.cache
