@@ -67,6 +67,16 @@ def next_inputs(
     return model.prepare_inputs_for_generation(tokens, next_sequence_length=new_tokens, **model_kwargs)
 
 
+def read_with_prompt(model_kwargs: Mapping[str, Any]) -> list[str]:
+    """Name the arguments that are read with the prompt and never again: images, sound and the like.
+
+    Stands on `MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL` of `transformers.generation.utils`.
+    """
+    from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+
+    return [name for name in model_kwargs if name in MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL]
+
+
 def any_row_unfinished(model: PreTrainedModel, finished: bool, synced_gpus: bool, device: torch.device) -> bool:
     """Tell whether decoding goes on here or, under `synced_gpus`, in any other process."""
     return model._has_unfinished_sequences(finished, synced_gpus, device=device)

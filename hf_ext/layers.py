@@ -26,7 +26,8 @@ def base_model(model: Any) -> Any:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the list of decoder layers of a causal LM.
 
-    It is the first module list (from the outside in) that is as long as the config says.
+    It is the first module list (from the outside in) that is as long as the config says; of a model that reads images
+    as well, the first in what reads text, for the other part may have as many layers.
 
     Raises:
         ValueError: the model is an encoder-decoder, or no such list is found.
@@ -36,13 +37,16 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         >>> len(decoder_layers(build("gpt2")))
         2
     """
-    config: Any = base_model(model).config
+    inner = base_model(model)
+    config: Any = inner.config
     if config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; this needs a decoder-only causal LM")
     count = config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    for part in (decoder, model):
+        for module in part.modules() if part is not None else ():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
     raise ValueError(f"found no list of {count} layers in {type(model).__name__}, as its config announces")
 
 

@@ -197,6 +197,12 @@ def test_has_learned_prompt() -> None:
         assert seen_in_generate(lora, adapter.has_learned_prompt) == [False] * 3
 
 
+def test_read_with_prompt() -> None:
+    with stands_on("MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL of transformers.generation.utils"):
+        given = {"attention_mask": MASK, "pixel_values": IDS, "input_features": IDS, "mm_token_type_ids": IDS}
+        assert adapter.read_with_prompt(given) == ["pixel_values", "input_features"]
+
+
 def test_special_token() -> None:
     with stands_on("GenerationConfig._eos_token_tensor and _pad_token_tensor"):
         config, _ = prepared(eos_token_id=[5, 6], pad_token_id=0)

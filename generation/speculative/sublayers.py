@@ -7,6 +7,7 @@ the cache alone. That is done on one model instance, inside a `with` block, and 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ def sublayers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the parts of the layers that can be left out, `"attention.0"`, `"mlp.0"`, `"attention.1"`, ...
 
     The attention of a layer is its module that knows the number of its layer (it needs that for the
-    cache). Its feed-forward part is the one other module that holds matrices; where there are several
+    cache) and takes a mask. Its feed-forward part is the one other module that holds matrices; where there are several
     of those, as in a layer that has its two matrices side by side, they cannot be left out alone.
 
     Args:
@@ -41,7 +42,7 @@ def sublayers(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for number, layer in enumerate(decoder_layers(model)):
         children = list(layer.children())
-        attention = [child for child in children if hasattr(child, "layer_idx")]
+        attention = [child for child in children if hasattr(child, "layer_idx") and _takes_mask(child)]
         others = [c for c in children if c not in attention and any(p.ndim > 1 for p in c.parameters())]
         if len(attention) == 1:
             found[f"attention.{number}"] = attention[0]
@@ -50,6 +51,10 @@ def sublayers(model: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention or feed-forward modules that could be left out")
     return found
+
+
+def _takes_mask(part: nn.Module) -> bool:
+    return any("mask" in name for name in inspect.signature(part.forward).parameters)
 
 
 def weight_share(model: nn.Module, skip: Collection[str]) -> float:

@@ -103,6 +103,8 @@ class TreeState:
         kwargs.pop("attention_mask", None)
         kwargs.pop("inputs_embeds", None)
         kwargs.pop("past_key_values", None)
+        for name in adapter.read_with_prompt(kwargs):
+            del kwargs[name]
         offset = None
         if positions is not None:
             ahead = positions[..., -1:].expand(*positions.shape[:-2], batch, 1)
@@ -120,13 +122,16 @@ class TreeState:
     def takes_ahead(run: DecodingRun, columns: int) -> bool:
         """Tell whether `columns` guesses can be evaluated with the prompts of a call, and be forgotten again.
 
-        Not where the prompt is not given as ids from the beginning on, where it is read in pieces, or where
-        a layer of the cache drops or cannot hold what comes with the guesses.
+        Not where the prompt is not given as ids from the beginning on, where it is read in pieces or beside images
+        (a guess may be the token that stands for one), or where a layer of the cache drops or cannot hold what
+        comes with the guesses.
         """
         kwargs, prompt = run.model_kwargs, run.input_ids.shape[1]
         if run.cache is None or int(run.cache.get_seq_length()) or run.config.prefill_chunk_size is not None:
             return False
         if prompt == 0 or any(name.endswith("token_type_ids") or name == "inputs_embeds" for name in kwargs):
+            return False
+        if adapter.read_with_prompt(kwargs):
             return False
         if adapter.row_addressing_problem(run.cache) is not None or not all(map(adapter.layer_grows, run.cache.layers)):
             return False

@@ -6,15 +6,17 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_ext.generation.draft_and_verify import DraftAndVerify, every_second_layer
+from hf_ext.generation.heads import RecurrentDrafterHead
 from hf_ext.generation.layerskip import LayerSkip
-from hf_ext.generation.multi_token_drafting import MultiTokenDrafting
 from hf_ext.generation.prompt_lookup import PromptLookup
 from hf_ext.generation.recurrent_drafter import RecurrentDrafter
 from hf_ext.generation.speculative.sublayers import sublayers, weight_share, without
 from hf_ext.layers import only_layers
 from hf_ext.testing import exactness, tiny_models
+from hf_ext.testing.heads import random_head
 from hf_ext.testing.strategy import StrategyConformance
 from hf_ext.testing.strategy_base import refusal, same_tokens
 
@@ -145,6 +147,13 @@ def test_the_search_leaves_out_what_does_nothing():
     assert strategy.report.details["mean_accepted"] == 4.0, "parts that add nothing are not missed"
 
 
+def test_a_feed_forward_part_that_knows_its_layer_is_not_taken_for_attention():
+    config = HunYuanDenseV1Config(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+    )
+    assert list(sublayers(HunYuanDenseV1ForCausalLM(config))) == ["attention.0", "mlp.0"]
+
+
 def test_parts_that_are_left_out_come_back():
     model = tiny_models.build("gpt2")
     ids, _ = tiny_models.prompts((9,))
@@ -182,7 +191,27 @@ def test_adapters_that_a_tree_would_misread_are_refused(adapters):
         assert all(word in str(refused.value) for word in words), refused.value
 
 
-@pytest.mark.parametrize("method", [DraftAndVerify, MultiTokenDrafting, RecurrentDrafter])
+def test_what_was_read_with_the_prompt_is_not_read_again():
+    """A model with as many layers for images as for text: the right ones draft, and the image comes once."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"model_type": "llama", "vocab_size": 96, "eos_token_id": None, "pad_token_id": 0, **sizes}
+    image = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "projection_dim": 16, **sizes}
+    config = LlavaConfig(
+        vision_config=image, text_config=text, image_token_id=95, vision_feature_layer=-1, tie_word_embeddings=False
+    )
+    model, (ids, mask) = tiny_models.fill(LlavaForConditionalGeneration(config)), tiny_models.prompts((12, 8))
+    ids = ids.masked_fill(ids == 95, 94)
+    ids[:, 5:9] = 95
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, pixel_values=pixels, **settings)
+    head = random_head(RecurrentDrafterHead, model)
+    for strategy in (LayerSkip(exit_layer=1), PromptLookup(), RecurrentDrafter(head), DraftAndVerify()):
+        ours = strategy.generate(model, ids, pixel_values=pixels, **settings)
+        same_tokens(ours, expected, f"{type(strategy).__name__} on a text with an image")
+
+
+@pytest.mark.parametrize("method", [DraftAndVerify, RecurrentDrafter])
 def test_a_model_with_its_weights_elsewhere_drafts_with_itself(method):
     """`cpu_offload` leaves weights on `meta` until they are used."""
     model, (ids, mask) = tiny_models.build("llama"), tiny_models.prompts()
