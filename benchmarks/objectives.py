@@ -211,7 +211,8 @@ def markdown(record: dict[str, Any]) -> str:
         "plain training's: heads and directions of attention that a method adds are in them. The bars are 5 % for "
         "corruptions and 10 % for losses of a single forward pass; what does not keep its bar may keep it *a token "
         "read* or *a FLOP*. Losses of statistics train without logits by themselves here, objectives that leave few "
-        "targets make logits of these alone, and rewritten rows stay as long as the data's (`max_length`). *Peak* is the growth of resident memory in training, of a process of its "
+        "targets make logits of these alone, and rewritten rows stay as long as the data's (`max_length`). "
+        "*Peak* is the growth of resident memory in training, of a process of its "
         "own; *memory* is that against plain training. The clean loss, which is measured at logged steps only, is off.",
     ]  # fmt: skip
     for part, title, columns, cells in (
