@@ -908,6 +908,15 @@ def has_causal_loss(model: Any) -> bool:
     return "_loss_function" not in vars(model) and model.loss_function is LOSS_MAPPING["ForCausalLM"]
 
 
+def give_loss_back(model: Any, instead: Any) -> None:
+    """Let a model compute its loss as it did before `instead` was put in its place; do nothing if that is not there.
+
+    Stands on `_loss_function`, where the setter of `PreTrainedModel.loss_function` keeps what it was given.
+    """
+    if vars(model).get("_loss_function") is instead:
+        del model._loss_function
+
+
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
     """Return the trainer that is calling this callback, None if none is.
 
