@@ -956,3 +956,15 @@ def test_has_causal_loss() -> None:
         assert not adapter.has_causal_loss(model)
         del model._loss_function
         assert adapter.has_causal_loss(model)
+
+
+def test_give_loss_back() -> None:
+    with stands_on("PreTrainedModel.loss_function and _loss_function"):
+        model = tiny_models.build("llama")
+        before, mine = model.loss_function, lambda *args, **kwargs: None
+        model.loss_function = mine
+        adapter.give_loss_back(model, instead=print)
+        assert model.loss_function is mine
+        adapter.give_loss_back(model, instead=mine)
+        adapter.give_loss_back(model, instead=mine)
+        assert model.loss_function is before

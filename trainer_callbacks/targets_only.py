@@ -60,8 +60,8 @@ class TargetsOnly:
     def end(self) -> None:
         """Give the model its loss back."""
         owner = self._owner()
-        if owner is not None and vars(owner).get("_loss_function") is self:
-            del owner._loss_function
+        if owner is not None:
+            adapter.give_loss_back(owner, self)
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -109,5 +109,5 @@ class TargetsOnly:
             with in_evaluation(owner):
                 owner(ids, labels=ids, use_cache=False)
         finally:
-            del owner._loss_function
+            adapter.give_loss_back(owner, note)
         return bool(calls)
