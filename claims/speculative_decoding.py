@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -85,7 +86,7 @@ def self_draft() -> Measurement:
     return Measurement(strategy.report.details["mean_accepted"], seeds=(0,), details={"drafted a step": GAMMA})
 
 
-def _costs(draft_tokens: int | Literal["auto"], chosen: list[held_out.Prompt]) -> list[float]:
+def _costs(draft_tokens: int | Literal["auto"], chosen: Sequence[held_out.Prompt]) -> list[float]:
     """Return for every prompt, decoded alone and greedily, the calls of the target a token that its work amounts to."""
     (model, _), strategy, found = held_out.load(), ours(draft_tokens), []
     share = strategy.draft_model.num_parameters() / model.num_parameters()
