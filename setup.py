@@ -4,8 +4,8 @@ from setuptools import find_namespace_packages, setup
 
 MOUNTED = ("modeling", "generation", "trainer_callbacks", "claims", "benchmarks", "model_cards")
 
-# Endings of the data files that go into the wheel.
-DATA = ("json", "jinja", "md", "safetensors", "txt")
+# Endings of the data files that go into the wheel; C is compiled where it runs.
+DATA = ("c", "json", "jinja", "md", "safetensors", "txt")
 # Folders of data count as packages too, or setuptools warns that it will leave them out some day.
 CACHES = ("__pycache__", "*.__pycache__", "*.__pycache__.*")
 

@@ -10,7 +10,7 @@ from hf_ext.attention.packed import is_packed, unpack
 from hf_ext.cache.attending import Given
 from hf_ext.cache.stores.packed import PackedStore
 from hf_ext.kernels.merge import merge_two
-from hf_ext.kernels.packed_torch import packed_scores, packed_sums
+from hf_ext.kernels.packed_native import packed_scores, packed_sums
 from hf_ext.kernels.scores import weigh
 
 #: Passes of more queries dequantise a layer for as long as its attention runs, which is quicker for many.

@@ -16,7 +16,7 @@ from hf_ext.kernels.decode_attention import count_splits
 from hf_ext.kernels.language import cdiv, check_device
 from hf_ext.kernels.merge import launch_merge
 from hf_ext.kernels.packed_kernel import launch_packed
-from hf_ext.kernels.packed_torch import packed_scores, packed_sums
+from hf_ext.kernels.packed_native import packed_scores, packed_sums
 from hf_ext.kernels.packing import check_bits, dequantise_keys, dequantise_values
 from hf_ext.kernels.problem import DTYPES
 from hf_ext.kernels.scores import adjacent, weigh
@@ -138,7 +138,7 @@ def packed_attention_torch(
     visible: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `packed_attention` returns, by `packed_torch`: what a CPU does quickest; there is no gradient.
+    """Return what `packed_attention` returns, by what a CPU does quickest (`packed_native`); there is no gradient.
 
     Example:
         >>> from hf_ext.kernels.packing import quantise_keys, quantise_values

@@ -38,6 +38,9 @@ USE = textwrap.dedent(
     """
 )
 
+#: Endings of all files that are code or data.
+SUFFIXES = (".c", ".py", ".json", ".jinja", ".md", ".png", ".safetensors", ".txt")
+
 
 @pytest.fixture(scope="session")
 def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,7 +58,7 @@ def test_wheel_holds_all_code_and_data_and_nothing_else(wheel: Path, sources: Pa
     expected = set()
     for folder in ("hf_ext", "modeling", "generation", "trainer_callbacks", "claims", "benchmarks", "model_cards"):
         for path in (sources / folder).rglob("*"):
-            if path.is_file() and path.suffix in (".py", ".json", ".jinja", ".md", ".png", ".safetensors", ".txt"):
+            if path.is_file() and path.suffix in SUFFIXES:
                 inside = path.relative_to(sources)
                 expected.add(str(inside if folder == "hf_ext" else "hf_ext" / inside))
     assert sorted(expected - names) == []
