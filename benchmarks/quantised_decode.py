@@ -29,6 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 
 from hf_ext.cache import KIVI, CompressedCache
 from hf_ext.cli.output import CliError, print_table, quiet
+from hf_ext.kernels import packed_native
 from hf_ext.verify.stamp import hardware, versions
 
 COLUMNS = ("key heads", "tokens", "bits", "cache", "median ms", "mean ms", "times as fast", "95 %", "bytes")
@@ -86,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["python -m hf_ext.benchmarks.quantised_decode", *argv]),
         "hardware": hardware(), "versions": versions(), "threads": options.threads, "rounds": options.rounds,
-        "missing": missing, "rows": rows,
+        "kernel": packed_native.in_use(), "missing": missing, "rows": rows,
     }  # fmt: skip
     print_table(COLUMNS, map(cells, rows))
+    print(f"products of packed codes: {record['kernel']}")
     if missing:
         print(f"not installed: {', '.join(missing)}")
     text = json.dumps(record, indent=1) + "\n"
@@ -211,7 +213,8 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "Random Llamas of 2 layers and hidden width 256 with 2 key heads of width 64, or 8 of width 128, and four",
         f"query heads for each; float32, one row. Groups of {GROUP}, {RESIDUAL} tokens in full precision, for all",
-        "caches alike. The time is that of the whole model. *Times as fast*: the time of that cache over that of",
+        f"caches alike. Products of packed codes: {record.get('kernel', 'torch')}.",
+        "The time is that of the whole model. *Times as fast*: the time of that cache over that of",
         f"`hf_ext`, the median over {record['rounds']} rounds, with its 95 % bootstrap interval.",
         "",
         "| " + " | ".join(COLUMNS) + " |",

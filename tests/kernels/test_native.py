@@ -16,7 +16,7 @@ import torch
 
 from hf_ext.kernels import native, packed_native, packed_torch
 from hf_ext.kernels.packed_attention import packed_attention_reference, packed_attention_torch
-from hf_ext.kernels.packing import dequantise_keys, dequantise_values, quantise_keys, quantise_values
+from hf_ext.kernels.packing import Packed, dequantise_keys, dequantise_values, quantise_keys, quantise_values
 
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 COMPILED = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
@@ -69,10 +69,10 @@ def test_both_products_are_those_of_the_definition(
     """The last groups are of a store with room behind them, and results lie between others."""
     for rows, key_heads, lines, tokens, threads in ((1, 2, 4, 5, 1), (2, 1, 7, 9, 2), (3, 2, 1, 40, 3)):
         tokens *= group
-        keys = quantise_keys(random(rows, key_heads, tokens + 2 * group, width), bits, group)
-        values = quantise_values(random(rows, key_heads, tokens + 2 * group, width), bits, channels)
-        keys = [keys[0][:, :, :tokens], *(part[:, :, : tokens // group] for part in keys[1:])]
-        values = [part[:, :, :tokens] for part in values]
+        held = random(rows, key_heads, tokens + 2 * group, width)
+        codes, *others = quantise_keys(held, bits, group)
+        keys = Packed(codes[:, :, :tokens], *(part[:, :, : tokens // group] for part in others))
+        values = Packed(*(part[:, :, :tokens] for part in quantise_values(held, bits, channels)))
         query, weights = random(rows, key_heads, lines, width), random(rows, key_heads, lines, tokens + 3)
         weights = weights.softmax(-1)[..., 1:-2]
         out = torch.full((rows, key_heads, lines, tokens + 5), -7.0)
@@ -84,7 +84,7 @@ def test_both_products_are_those_of_the_definition(
         finally:
             torch.set_num_threads(before)
         assert sums is not None
-        wide = [[part if part.dtype == torch.uint8 else part.double() for part in whole] for whole in (keys, values)]
+        wide = [Packed(whole.codes, whole.scale.double(), whole.zero.double()) for whole in (keys, values)]
         scores = query.double() @ dequantise_keys(*wide[0], bits=bits).mT
         assert gap(out[..., 2:-3], scores) < 1e-5, (rows, gap(out[..., 2:-3], scores))
         assert (out[..., :2] == -7).all()
@@ -104,7 +104,9 @@ def test_threads_and_other_lines_change_nothing(library: Any) -> None:
             torch.set_num_threads(threads)
             out = torch.empty(2, 4, 7, 320)
             assert packed_native._scores(library, query, *keys, 4, out)
-            found.append((out, packed_native._sums(library, weights, *values, 4)))
+            sums = packed_native._sums(library, weights, *values, 4)
+            assert sums is not None
+            found.append((out, sums))
     finally:
         torch.set_num_threads(before)
     for out, sums in found[1:]:
@@ -120,8 +122,7 @@ def test_threads_and_other_lines_change_nothing(library: Any) -> None:
 def test_float32_goes_the_native_way_and_all_else_the_way_of_torch(library: Any, fresh: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     for name in ("packed_scores", "packed_sums"):
-        plain = getattr(packed_torch, name)
-        fresh.setattr(packed_torch, name, lambda *given, plain=plain, name=name: asked.append(name) or plain(*given))
+        fresh.setattr(packed_torch, name, counted(name, getattr(packed_torch, name), asked))
     fresh.setattr(packed_native, "_load", lambda: (library, ""))
 
     def run(dtype: torch.dtype, query: torch.Tensor, width: int = 16) -> list[str]:
@@ -142,6 +143,14 @@ def test_float32_goes_the_native_way_and_all_else_the_way_of_torch(library: Any,
     assert run(torch.float32, random(2, 4, 33, 16)) == both
     assert run(torch.float32, random(2, 2, 1, 1032), width=1032) == both
     assert run(torch.float32, random(2, 2, 4, 16).transpose(1, 2)) == []
+
+
+def counted(name: str, call: Any, asked: list[str]) -> Any:
+    def run(*given: Any) -> Any:
+        asked.append(name)
+        return call(*given)
+
+    return run
 
 
 def silent(call: Any) -> str:
