@@ -41,11 +41,11 @@ class SpeculativeDecoding(Speculative):
             one more is likely to bring more than it costs, at least one and at most 20.
         confidence: draft no further where the draft model's likeliest token has a probability below
             this, from 0 (never stop) to 1. Not with "auto".
-        draft_cost: with "auto", the time of a call of the draft model as a share of one of the target; by default
-            the share of parameters.
         tokenizer: the target's tokenizer, needed with `draft_tokenizer`; that given to `Strategy.generate` by default.
         draft_tokenizer: the draft model's, where it is or may be another; `assistant_tokenizer` of
             `Strategy.generate` by default. None says that the draft model has the target's.
+        draft_cost: with "auto", the time of a call of the draft model as a share of one of the target; by default
+            the share of parameters.
 
     Raises:
         ValueError: the draft model has another vocabulary and no tokenizers say how to read it, or a model cannot
@@ -72,9 +72,9 @@ class SpeculativeDecoding(Speculative):
     draft_model: Any
     draft_tokens: int | Literal["auto"] = 5
     confidence: float = 0.0
-    draft_cost: float | None = None
     tokenizer: Any = field(default=None, repr=False)
     draft_tokenizer: Any = field(default=None, repr=False)
+    draft_cost: float | None = None
 
     def check_options(self) -> None:
         """Raise ValueError for a draft that cannot be."""
